@@ -1,0 +1,459 @@
+"""The data: from files to one uint8 tensor, and from there to augmented batches on the device.
+
+    python data.py                                # Tiny ImageNet: downloads it, decodes it, says what is in it
+    python data.py --dataset shapes               # the built-in data set, no download
+    python data.py --export-coco boxes.json       # its bounding boxes as a COCO file, for coco_analysis.py
+
+prints the number of images, classes and images per split, and writes samples.png, a picture of five classes.
+"""
+import argparse
+import hashlib
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.datasets.utils import download_url, extract_archive
+
+URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+FOLDER = "tiny-imagenet-200"
+SIZE = 64                             # every image is SIZE x SIZE pixels
+MEAN, STD = (0.480, 0.448, 0.398), (0.277, 0.269, 0.282)  # of Tiny ImageNet's red, green and blue, in [0, 1]
+
+
+class DataError(Exception):
+    """Something is wrong with the data, in words for the user: the file, the place and the cure."""
+
+
+class Dataset(NamedTuple):
+    name: str
+    images: torch.Tensor        # (N, 3, 64, 64) uint8
+    labels: torch.Tensor        # (N,) int64, 0 ... number of classes - 1
+    boxes: torch.Tensor         # (N, 4) int64: x0, y0, x1, y1 of the object in pixels; x1 and y1 lie just outside it
+    official_val: torch.Tensor  # (N,) bool: belongs to the official validation set
+    wnids: list                 # label -> WordNet id, n01443537
+    class_names: list           # label -> name, goldfish
+
+
+def load(name="tiny-imagenet", data_dir="data", seed=0):
+    """The data set of that name, "tiny-imagenet" or "shapes" (whose images are drawn from seed).
+
+    Tiny ImageNet is looked for in data_dir, and downloaded if it is not there. Raises DataError.
+    """
+    return shapes(seed) if name == "shapes" else tiny_imagenet(Path(data_dir))
+
+
+def split(dataset, kind="70-30", seed=0):
+    """Indices of the training and of the validation images, two int64 tensors.
+
+    "70-30" takes 70 % of each class at random (385 of its 550 images), fixed by seed: the assignment's split, made fair
+    to every class. "official" is the data set's own, 100,000 and 10,000 images: the one that papers report.
+    """
+    if kind == "official":
+        return torch.where(~dataset.official_val)[0], torch.where(dataset.official_val)[0]
+    generator = torch.Generator().manual_seed(seed)
+    train, val = [], []
+    for label in range(len(dataset.class_names)):
+        members = torch.where(dataset.labels == label)[0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        count = round(0.7 * len(members))
+        train.append(members[:count])
+        val.append(members[count:])
+    return torch.cat(train), torch.cat(val)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiny ImageNet: download, check, decode, cache
+
+
+def tiny_imagenet(data_dir):
+    folder = find_or_download(data_dir)
+    wnids, names, files = list_files(folder)
+    # The cache is valid for exactly these files: their names, sizes and times of change.
+    stats = [(file.path, file.stat().st_size, file.stat().st_mtime_ns) for file, *_ in files]
+    fingerprint = hashlib.sha256(repr((wnids, names, [s[1:] for s in stats],
+                                       [row[1:] for row in files])).encode()).hexdigest()
+    cache = data_dir / f"{FOLDER}.pt"
+    try:
+        # mmap: pages of the 1.4 GB are read when they are touched, and shared between processes.
+        saved = torch.load(cache, mmap=True, weights_only=True)
+        if saved["fingerprint"] == fingerprint:
+            return Dataset("tiny-imagenet", *(saved[key] for key in Dataset._fields[1:5]), wnids, names)
+        print(f"{cache}: made from another state of {folder}; decoding anew", file=sys.stderr)
+    except FileNotFoundError:
+        pass
+    except Exception:  # whatever is wrong with a cache, the cure is to make it again
+        print(f"{cache}: cannot be read; decoding anew", file=sys.stderr)
+
+    images = torch.from_numpy(decode([file.path for file, *_ in files]))
+    labels, boxes, official_val = (torch.tensor(column) for column in zip(*(row[1:] for row in files)))
+    dataset = Dataset("tiny-imagenet", images, labels, boxes, official_val, wnids, names)
+    try:
+        with replacing(cache) as temporary:
+            torch.save({"fingerprint": fingerprint, **{key: getattr(dataset, key) for key in Dataset._fields[1:5]}},
+                       temporary)
+    except (OSError, RuntimeError) as error:
+        print(f"{cache}: cannot be written ({error}); going on without, the next start decodes again", file=sys.stderr)
+    return dataset
+
+
+def find_or_download(data_dir):
+    """The data set's folder: as it is, or out of the zip file, or out of the internet. Raises DataError."""
+    folder, archive = data_dir / FOLDER, data_dir / f"{FOLDER}.zip"
+    if folder.is_dir():
+        return folder
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        if not archive.exists():
+            download(archive)
+        print(f"extracting {archive} ...", file=sys.stderr)
+        # Into a temporary folder first: what is called tiny-imagenet-200 is always the whole of it.
+        with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
+            extract_archive(archive, temporary)
+            os.replace(Path(temporary) / FOLDER, folder)
+    except (zipfile.BadZipFile, EOFError, FileNotFoundError) as error:
+        raise DataError(f"{archive}: not the whole zip file ({error}): delete it and start again") from error
+    except OSError as error:
+        raise DataError(f"{data_dir}: cannot be written ({error}): name another folder with --data-dir") from error
+    return folder
+
+
+def download(archive):
+    part = archive.with_suffix(".zip.part")
+    socket.setdefaulttimeout(60)  # a server that falls silent is an error, not an endless wait
+    try:
+        print(f"downloading {URL}", file=sys.stderr)
+        download_url(URL, str(part.parent), part.name, MD5)
+    except (OSError, RuntimeError, urllib.error.URLError) as error:
+        part.unlink(missing_ok=True)
+        raise DataError(f"{URL}: download failed ({error}): put the file at {archive} yourself, or try "
+                        "`python train.py --dataset shapes`, which needs none") from error
+    os.replace(part, archive)
+
+
+def list_files(folder):
+    """Reads the folder's text files and lists its images, each with what is known of it; decodes nothing yet.
+
+    Returns wnids and names (label -> wnid, label -> name) and rows of (os.DirEntry, label, box, is it official val).
+    Raises DataError that names the file and the line.
+    """
+    wnids = sorted(line[0] for line in read_table(folder / "wnids.txt", 1))
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    words = {wnid: names for wnid, names in read_table(folder / "words.txt", 2)}
+    missing = [wnid for wnid in wnids if wnid not in words]
+    if missing:
+        raise DataError(f"{folder / 'words.txt'}: no line for {missing[0]}: extract the zip file again")
+    # "German shepherd, German shepherd dog, ...": the first synonym will do, unless two classes have the same.
+    first = [words[wnid].split(",")[0] for wnid in wnids]
+    names = [name if first.count(name) == 1 else words[wnid] for wnid, name in zip(wnids, first)]
+
+    rows = []
+    for wnid in wnids:
+        table = folder / "train" / wnid / f"{wnid}_boxes.txt"
+        boxes = {name: box(table, numbers) for name, *numbers in read_table(table, 5)}
+        rows += [(file, label_of[wnid], find(boxes, file, table), False) for file in scan(folder / "train" / wnid / "images")]
+    table = folder / "val" / "val_annotations.txt"
+    annotations = {name: (wnid, box(table, numbers)) for name, wnid, *numbers in read_table(table, 6)}
+    for file in scan(folder / "val" / "images"):
+        wnid, corners = find(annotations, file, table)
+        if wnid not in label_of:
+            raise DataError(f"{table}: {file.name} is of class {wnid}, which is not in wnids.txt")
+        rows.append((file, label_of[wnid], corners, True))
+
+    for part, is_val in (("train", False), ("val", True)):
+        counts = np.bincount([row[1] for row in rows if row[3] == is_val], minlength=len(wnids))
+        usual = np.bincount(counts).argmax()
+        for label in np.flatnonzero(counts != usual)[:1]:
+            raise DataError(f"{folder / part}: class {wnids[label]} ({names[label]}) has {counts[label]} images, "
+                            f"the others have {usual}: extract the zip file again")
+    return wnids, names, rows
+
+
+def read_table(path, columns):
+    """The tab-separated rows of a text file, each with that many columns. Raises DataError with the line's number."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}: extract the zip file again") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        fields = line.strip().split("\t")
+        if len(fields) == columns:
+            rows.append(fields)
+        elif line.strip():
+            raise DataError(f"{path}, line {number}: {len(fields)} columns instead of {columns}: {line.strip()[:60]!r}")
+    return rows
+
+
+def box(path, numbers):
+    """x0, y0, x1, y1 from four texts. The files name the last pixel inside: 0 0 63 63 is the whole image."""
+    try:
+        x0, y0, x1, y1 = (int(number) for number in numbers)
+        return x0, y0, x1 + 1, y1 + 1
+    except ValueError as error:
+        raise DataError(f"{path}: a box of {' '.join(numbers)!r}: four whole numbers are expected") from error
+
+
+def find(table, file, path):
+    if file.name not in table:
+        raise DataError(f"{path}: no line for {file.name}: extract the zip file again")
+    return table[file.name]
+
+
+def scan(folder):
+    """The folder's JPEGs by name, without the hidden files that macOS strews about."""
+    try:
+        return sorted((file for file in os.scandir(folder)
+                       if file.name.endswith(".JPEG") and not file.name.startswith(".")), key=lambda file: file.name)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}: extract the zip file again") from error
+
+
+def decode(paths):
+    """Decodes images into one array (N, 3, 64, 64) uint8, grey ones to RGB. Raises DataError naming a bad file."""
+    def one(path):
+        try:
+            with Image.open(path) as image:
+                if image.size != (SIZE, SIZE):
+                    raise DataError(f"{path}: {image.width}x{image.height} pixels instead of {SIZE}x{SIZE}")
+                return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        except OSError as error:  # Pillow's errors for what is no image, or half of one, are OSErrors
+            raise DataError(f"{path}: does not decode ({error}): extract the zip file again") from error
+
+    images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
+    shown = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock, so threads help
+        for index, image in enumerate(pool.map(one, paths, chunksize=64)):
+            images[index] = image
+            if time.monotonic() - shown > 2:
+                shown = time.monotonic()
+                print(f"decoded {index:,} of {len(paths):,} images", file=sys.stderr)
+    return images
+
+
+@contextmanager
+def replacing(path):
+    """A temporary name beside path, moved onto path at the end: path is whole, old or new, whenever we are stopped."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes: a data set for trying everything without a download
+
+# Each shape is the set of points (u, v) in [-1, 1]^2, v pointing down, for which the function is true.
+SHAPES = {
+    "circle": lambda u, v: u**2 + v**2 < 0.8,
+    "ring": lambda u, v: (u**2 + v**2 < 0.9) & (u**2 + v**2 > 0.35),
+    "crescent": lambda u, v: (u**2 + v**2 < 1) & ((u - 0.5)**2 + v**2 > 0.65),
+    "half disc": lambda u, v: (u**2 + (v + 0.4)**2 < 1) & (v > -0.4),
+    "triangle": lambda u, v: (v < 0.5) & (1.73 * np.abs(u) - v < 1),
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) < 0.75,
+    "bar": lambda u, v: (np.abs(u) < 1) & (np.abs(v) < 0.28),
+    "cross": lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.27) & (np.maximum(np.abs(u), np.abs(v)) < 1),
+    "flower": lambda u, v: np.hypot(u, v) < 0.6 + 0.4 * np.cos(5 * np.arctan2(v, u)),
+    "hourglass": lambda u, v: (np.abs(u) < np.abs(v)) & (np.abs(v) < 0.9),
+}
+
+
+def shapes(seed=0, per_class=550):
+    """Draws per_class images of each of the ten SHAPES, another data set for each seed, in about three seconds.
+
+    Colour, texture, size, place, rotation and background come from the same random numbers for all classes, so nothing
+    but the shape gives the class away.
+    """
+    rng = np.random.default_rng(seed)
+    pixel = np.arange(SIZE) + 0.5
+    count = per_class * len(SHAPES)
+    labels = np.arange(count) % len(SHAPES)
+    images = np.empty((count, 3, SIZE, SIZE), np.uint8)
+    boxes = np.empty((count, 4), np.int64)
+    for index, label in enumerate(labels):
+        radius, angle = rng.uniform(12, 26), rng.uniform(0, 2 * np.pi)
+        x, y = rng.uniform(radius, SIZE - radius, 2)
+        dx, dy = (pixel[None, :] - x) / radius, (pixel[:, None] - y) / radius
+        inside = list(SHAPES.values())[label](np.cos(angle) * dx + np.sin(angle) * dy,
+                                              np.cos(angle) * dy - np.sin(angle) * dx)
+        colour, background = rng.uniform(20, 235, (2, 3, 1, 1))
+        while np.abs(colour - background).max() < 100:  # the shape must be visible
+            colour, background = rng.uniform(20, 235, (2, 3, 1, 1))
+        tiles = rng.normal(0, 25, (3, 8, 8)).repeat(8, axis=1).repeat(8, axis=2)
+        image = np.where(inside, colour + stripes(rng, pixel), background + stripes(rng, pixel) + tiles)
+        images[index] = (image + rng.normal(0, 8, image.shape)).clip(0, 255)
+        columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
+        boxes[index] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    names = list(SHAPES)
+    return Dataset("shapes", torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(boxes),
+                   torch.arange(count) >= 500 * count // 550, names, names)
+
+
+def stripes(rng, pixel):
+    """A wave of random direction, width and strength, the same in all colours: (1, 64, 64)."""
+    kx, ky = rng.uniform(-0.8, 0.8, 2)
+    return (rng.uniform(0, 30) * np.sin(kx * pixel[None, :] + ky * pixel[:, None] + rng.uniform(0, 6)))[None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def prepare(images, resolution, theta=None):
+    """Images (N, 3, H, W) uint8 -> what the network is fed: (N, 3, resolution, resolution) float32, mean 0, deviation 1.
+
+    theta (N, 2, 3) maps each place of the result to the place in the image that it is taken from, both in [-1, 1]: one
+    matrix that crops, flips, zooms and resizes at once (Jaderberg et al. 2015, "Spatial Transformer Networks",
+    arXiv:1506.02025). Without it the whole image is taken. What lies outside the image is its reflection.
+    """
+    count = len(images)
+    if theta is None:
+        theta = torch.eye(2, 3, device=images.device).expand(count, 2, 3)
+    grid = F.affine_grid(theta, (count, 3, resolution, resolution), align_corners=False)
+    images = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class Batches:
+    """The images of a split, in batches on the device.
+
+    The whole data set stays in memory as uint8, on the device where it fits, so that a batch costs one gather and a few
+    operations on the device, and needs no worker processes. What is drawn for an epoch depends on seed and epoch alone:
+    a resumed run sees what the uninterrupted one would have seen, on any device.
+
+    dataset: a Dataset; indices (N,) int64: the images to take; batch_size: of all processes together; augment: shuffle,
+    crop, flip and cut out; rank, world_size: this process's number, and how many share each batch.
+    """
+
+    CROP, CUTOUT = 1 / 8, 1 / 4  # of the image's side: the largest shift, and the side of the square that is cut out
+
+    def __init__(self, dataset, indices, batch_size, device, augment, seed=0, rank=0, world_size=1):
+        self.indices, self.device, self.augment, self.seed = indices, torch.device(device), augment, seed
+        self.share = slice(rank, None, world_size)
+        # As many batches as needed, all of them of nearly the same size: no last one of a single image, on which
+        # BatchNorm has no variance to divide by.
+        self.count = -(-len(indices) // batch_size)
+        self.images, self.labels = dataset.images, dataset.labels
+        if self.device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
+            self.images = self.images.to(self.device)
+
+    def __len__(self):
+        return self.count
+
+    def epoch(self, epoch, resolution):
+        """Yields images (B, 3, resolution, resolution) float32 and labels (B,) int64: every index once."""
+        total = len(self.indices)
+        order, theta, hole = self.indices, None, None
+        if self.augment:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = order[torch.randperm(total, generator=generator)]
+            theta = torch.zeros(total, 2, 3)
+            theta[:, 0, 0] = torch.randint(2, (total,), generator=generator) * 2 - 1  # -1 is the mirror image
+            theta[:, 1, 1] = 1
+            reach = int(SIZE * self.CROP)  # whole pixels, so that at full resolution a crop does not blur
+            shift = torch.randint(-reach, reach + 1, (total, 2), generator=generator)
+            theta[:, :, 2] = shift * 2 / SIZE
+            hole = torch.rand(total, 2, generator=generator)  # centre of the square cut out, as fractions of the sides
+        for part in torch.arange(total).tensor_split(self.count):
+            part = part[self.share]
+            chosen = order[part]
+            images = self.images[chosen.to(self.images.device)].to(self.device, non_blocking=True)
+            labels = self.labels[chosen].to(self.device, non_blocking=True)
+            if not self.augment:
+                yield prepare(images, resolution), labels
+            else:
+                images = prepare(images, resolution, theta[part].to(self.device, non_blocking=True))
+                yield cut_out(images, hole[part].to(self.device, non_blocking=True), self.CUTOUT), labels
+
+
+def cut_out(images, centre, side):
+    """Sets a square around centre (N, 2), fractions of height and width, to 0, the mean colour: the network must not
+    rely on one part of the object (DeVries & Taylor 2017, arXiv:1708.04552). In place; images (N, 3, H, W)."""
+    size = images.shape[-1]
+    pixel = (torch.arange(size, device=images.device) + 0.5) / size
+    rows, columns = ((pixel - centre[:, axis, None]).abs() < side / 2 for axis in (0, 1))  # (N, H) and (N, W)
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def draw_samples(dataset, path, seed=0, per_class=5):
+    """Five images of five classes each, with their boxes, into a PNG file."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rng = np.random.default_rng(seed)
+    labels = np.sort(rng.choice(len(dataset.class_names), 5, replace=False))
+    figure, axes = plt.subplots(5, per_class, figsize=(1.6 * per_class, 9.6), layout="constrained")
+    for row, label in zip(axes, labels):
+        row[per_class // 2].set_title(f"{label}: {dataset.class_names[label]} ({dataset.wnids[label]})", fontsize=10)
+        for axis, index in zip(row, rng.choice(np.flatnonzero(dataset.labels == label), per_class, replace=False)):
+            axis.imshow(dataset.images[index].permute(1, 2, 0))
+            x0, y0, x1, y1 = dataset.boxes[index].tolist()
+            axis.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="yellow"))
+            axis.axis("off")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
+def export_coco(dataset, path):
+    """Writes the data set's bounding boxes as a COCO instances file, one object per image."""
+    width, height = (dataset.boxes[:, 2:] - dataset.boxes[:, :2]).T.tolist()
+    images = [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(len(dataset.labels))]
+    annotations = [{"id": i, "image_id": i, "category_id": label, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+                   for i, (label, (x, y, *_), w, h)
+                   in enumerate(zip(dataset.labels.tolist(), dataset.boxes.tolist(), width, height))]
+    categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names)]
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Loads a data set and says what is in it.")
+    parser.add_argument("--dataset", choices=("tiny-imagenet", "shapes"), default="tiny-imagenet",
+                        help="tiny-imagenet, which the assignment asks for; shapes needs no download")
+    parser.add_argument("--data-dir", default="data", help="where Tiny ImageNet is, or is put")
+    parser.add_argument("--seed", type=int, default=0, help="of the 70/30 split, of the shapes and of the picture")
+    parser.add_argument("--out", default="samples.png", help="the picture's file")
+    parser.add_argument("--export-coco", metavar="FILE", help="write the boxes as a COCO file instead of a picture")
+    args = parser.parse_args()
+    try:
+        start = time.perf_counter()
+        dataset = load(args.dataset, args.data_dir, args.seed)
+        print(f"{dataset.name}: {len(dataset.labels):,} images of {len(dataset.class_names)} classes, "
+              f"loaded in {time.perf_counter() - start:.1f} s")
+        for kind in ("70-30", "official"):
+            train, val = split(dataset, kind, args.seed)
+            print(f"split {kind}: {len(train):,} to train on, {len(val):,} to validate")
+        if args.export_coco:
+            export_coco(dataset, args.export_coco)
+            print(f"wrote {args.export_coco}: try `python coco_analysis.py {args.export_coco}`")
+        else:
+            draw_samples(dataset, args.out, args.seed)
+            print(f"wrote {args.out}: five images of five classes, with their boxes")
+    except (DataError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

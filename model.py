@@ -1,0 +1,271 @@
+"""The networks, written out by hand, and a table that says what each of their layers does.
+
+    python model.py                               # ResNet18 and CustomResNet on 64x64 images, layer by layer
+    python model.py --stem-stride 4 --image-size 224 --num-classes 1000     # the ResNet18 of ImageNet
+
+prints for each layer its output shape, parameters, receptive field and multiply-adds, and ends with
+`ResNet18: 11,279,112 parameters` and `CustomResNet: 4,106,952 parameters`.
+"""
+import argparse
+import pickle
+import zipfile
+
+import torch
+from torch import fx, nn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ResNet18 (He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut around them: (N, in, H, W) -> (N, out, H/stride, W/stride).
+
+    The block learns what to add to its input rather than what to put in its place, so that a deep stack of blocks
+    starts out as something close to the identity, through which gradients pass unhindered.
+    """
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        # No biases: the BatchNorm behind each convolution subtracts the mean, and any bias with it.
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        nn.init.zeros_(self.bn2.weight)  # each block begins as the identity (Goyal et al. 2017, arXiv:1706.02677)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:  # the shortcut must have the shape of what it is added to
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return self.relu(x + shortcut)
+
+
+class ResNet18(nn.Module):
+    """ResNet18: images (N, 3, H, W) float -> logits (N, num_classes).
+
+    Layer for layer, and name for name, torchvision.models.resnet18: weights of one load into the other.
+
+    stem_stride: by how much the stem (conv1 and maxpool) shrinks the image before the first block. 4 is the original,
+    made for 224x224 images; on 64x64 ones it throws away 15 of 16 positions before any block has seen them. 2 leaves
+    out the pooling, 1 the stride of conv1 as well. Neither has weights to lose, so all three share their state_dict,
+    but each halving of the stride makes the network about four times as slow.
+    Raises ValueError for another stem_stride.
+    """
+
+    def __init__(self, num_classes=200, stem_stride=4):
+        super().__init__()
+        if stem_stride not in (4, 2, 1):
+            raise ValueError(f"stem_stride must be 4, 2 or 1, not {stem_stride}")
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=1 if stem_stride == 1 else 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem_stride == 4 else nn.Identity()
+        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
+        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
+        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512, num_classes)
+        initialise(self)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))     # (N, 64, H/stem_stride, W/stem_stride)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 512, H/8/stem_stride, W/8/stem_stride)
+        return self.fc(self.avgpool(x).flatten(1))               # (N, num_classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CustomResNet: a small network of the DAWNBench kind, as the course assignment gave it
+
+
+def conv_bn_relu(in_channels, out_channels, kernel_size, stride=1, padding=0, pool=False, dropout=0.0):
+    """A convolution with bias, a 4x4 max-pool of stride 2 if asked for, BatchNorm, ReLU and dropout."""
+    layers = [nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding)]
+    if pool:
+        layers.append(nn.MaxPool2d(4, stride=2))
+    return nn.Sequential(*layers, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True), nn.Dropout(dropout))
+
+
+class CustomLayer(nn.Module):
+    """Shrinks and widens along two paths at once: (N, in, H, W) -> (N, out, H/2 - 1, W/2 - 1), their sum."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.pooled = conv_bn_relu(in_channels, out_channels, 3, padding=1, pool=True)
+        self.strided = nn.Sequential(
+            conv_bn_relu(in_channels, out_channels, 3), conv_bn_relu(out_channels, out_channels, 2, stride=2))
+
+    def forward(self, x):
+        return self.pooled(x) + self.strided(x)
+
+
+class CustomResNet(nn.Module):
+    """The assignment's second network: images (N, 3, H, W) float, H and W even and at least 18 -> logits (N, num_classes)."""
+
+    def __init__(self, num_classes=200):
+        super().__init__()
+        self.prep = conv_bn_relu(3, 64, 3, padding=1)
+        self.layer1 = CustomLayer(64, 128)
+        self.layer2 = conv_bn_relu(128, 256, 3, padding=1, pool=True)
+        self.layer3 = CustomLayer(256, 512)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.conv1x1 = nn.Conv2d(512, 256, 1)
+        self.classifier = nn.Conv2d(256, num_classes, 1)  # on a 1x1 image a 1x1 convolution is a linear layer
+        initialise(self)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(self.prep(x))))  # (N, 512, 6, 6) for 64x64 images
+        return self.classifier(self.conv1x1(self.avgpool(x))).flatten(1)
+
+
+def initialise(network):
+    """Draws convolution weights so that the variance of the signal survives a ReLU (He et al. 2015, arXiv:1502.01852)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+MODELS = ("resnet18", "customresnet")
+
+
+def create(name, num_classes, stem_stride=2):
+    """The network of that name, one of MODELS; only ResNet18 has a stem whose stride can be chosen."""
+    return ResNet18(num_classes, stem_stride) if name == "resnet18" else CustomResNet(num_classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_checkpoint(path, device="cpu"):
+    """Reads what train.py wrote: a dict whose "config" says which network it is and whose "model" holds its weights.
+
+    torch.load is told to accept weights and plain values only: a pickle from a stranger can run code (weights_only).
+    It does not look at the checksums that the file, a zip archive, keeps of its members; zipfile does.
+    Raises ValueError that names the file and says what is wrong with it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one") from error
+    if not isinstance(checkpoint, dict) or not {"config", "classes", "model", "epoch"} <= checkpoint.keys():
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    return checkpoint
+
+
+def restore(checkpoint, path, device="cpu"):
+    """The network of a checkpoint with its weights, in eval mode; raises ValueError naming path if they do not fit it."""
+    config = checkpoint["config"]
+    network = create(config["model"], len(checkpoint["classes"]), config["stem_stride"])
+    try:
+        network.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit {config['model']}: {str(error).splitlines()[1].strip()}") from error
+    return network.to(device, memory_format=torch.channels_last).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+class Layers(fx.Interpreter):
+    """Runs a network one operation at a time and notes of each layer its shape, parameters, receptive field and cost.
+
+    torch.fx has turned the network into a graph of operations; the interpreter visits them in order. Beside each value
+    it keeps which input pixels can reach it, in one dimension: (first, last) pixel that position 0 sees, and the jump
+    in pixels from one position to the next. A kernel widens that span by its extent in jumps, a stride multiplies the
+    jump, and where two paths meet the span is the union of theirs: layers on *parallel* paths do not add up. (Araujo
+    et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks", https://distill.pub/2019/computing-receptive-fields)
+    """
+
+    def __init__(self, network):
+        super().__init__(fx.symbolic_trace(network))
+        self.rows = []   # (name, output shape, parameters, receptive field or None for the whole image, multiply-adds)
+        self.spans = {}  # node -> (first, last, jump), or None where the whole image is seen
+
+    def run_node(self, node):
+        output = super().run_node(node)
+        if node.op == "placeholder":
+            self.spans[node] = (0, 0, 1)
+            return output
+        spans = [self.spans[parent] for parent in node.all_input_nodes]
+        if None in spans:
+            span = None
+        else:
+            span = min(s[0] for s in spans), max(s[1] for s in spans), max(s[2] for s in spans)
+        if node.op == "call_module":
+            layer = self.fetch_attr(node.target)
+            if isinstance(layer, nn.AdaptiveAvgPool2d):
+                span = None
+            elif isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and span is not None:
+                kernel, stride, padding = (v[0] if isinstance(v, tuple) else v
+                                           for v in (layer.kernel_size, layer.stride, layer.padding))
+                first, last, jump = span
+                span = first - padding * jump, last + (kernel - 1 - padding) * jump, jump * stride
+            if not isinstance(layer, (nn.ReLU, nn.Dropout, nn.Identity)):
+                weight = getattr(layer, "weight", None)
+                multiply_adds = 0
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):  # each weight is used once at each output position
+                    multiply_adds = weight.numel() * output[0].numel() // weight.shape[0]
+                self.rows.append((node.target, tuple(output.shape[1:]), sum(p.numel() for p in layer.parameters()),
+                                  span and span[1] - span[0] + 1, multiply_adds))
+        self.spans[node] = span
+        return output
+
+
+def layers(network, image_size=64):
+    """The rows of the table for images (1, 3, image_size, image_size): see Layers.rows. The network is left as it was."""
+    was_training = network.training
+    interpreter = Layers(network.eval())
+    with torch.no_grad():
+        interpreter.run(torch.zeros(1, 3, image_size, image_size))
+    network.train(was_training)
+    return interpreter.rows
+
+
+def receptive_field(network):
+    """Side in pixels of the square of the input that one position of the last feature map depends on."""
+    return max(row[3] for row in layers(network) if row[3] is not None)
+
+
+def print_table(network, image_size):
+    print(f"{type(network).__name__} on {image_size}x{image_size} images\n")
+    print(f"{'layer':24}{'output shape':>16}{'parameters':>14}{'receptive field':>18}{'multiply-adds':>16}")
+    rows = layers(network, image_size)
+    for name, shape, parameters, field, multiply_adds in rows:
+        print(f"{name:24}{' x '.join(map(str, shape)):>16}{parameters:14,}{field or 'whole image':>18}"
+              f"{multiply_adds:16,}")
+    print(f"\n{type(network).__name__}: {sum(row[2] for row in rows):,} parameters, "
+          f"{sum(row[4] for row in rows) / 1e6:,.0f} million multiply-adds per image, "
+          f"receptive field {receptive_field(network)} before the global average pool\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prints the networks, layer by layer.")
+    parser.add_argument("--num-classes", type=int, default=200, help="200, as Tiny ImageNet has")
+    parser.add_argument("--image-size", type=int, default=64, help="side in pixels; 64, as Tiny ImageNet has")
+    parser.add_argument("--stem-stride", type=int, default=2, choices=(4, 2, 1), help="of ResNet18; 2, as train.py has it")
+    args = parser.parse_args()
+    for name in MODELS:
+        print_table(create(name, args.num_classes, args.stem_stride), args.image_size)
+    print("CustomResNet's receptive field is often given as 122. That number comes from adding up every layer in the order\n"
+          "in which it is printed, as if the two paths of a CustomLayer followed one another. They run side by side: a\n"
+          "pixel reaches the sum through one or the other, and the longer path alone counts. That gives 38.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,575 @@
+"""Trains a network and reports on it: python train.py, and everything is in runs/tiny-imagenet-resnet18/report.md.
+
+    python train.py                                   # Tiny ImageNet, 70/30, ResNet18, 50 epochs; CUDA, else MPS, else CPU
+    python train.py --dataset shapes                  # no download: the whole road in two minutes on a laptop's CPU
+    python train.py --resume runs/tiny-imagenet-resnet18
+    torchrun --nproc_per_node=4 train.py              # several GPUs of one machine, or several machines
+    python train.py --benchmark                       # images/s of these flags on this machine, and where the time goes
+
+prints a line per epoch (loss and accuracy on the training and the validation images) and writes into the run's folder
+history.csv, last.pt, best.pt, curves.png, misclassified.png and report.md.
+"""
+import argparse
+import csv
+import math
+import os
+import signal
+import statistics
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")  # draw into files; there may be no screen
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+import model
+
+# What differs between the data sets. Resolutions: the epochs are shared out evenly among them; small images first are
+# several times as fast and cost no accuracy in the end (Howard 2018, "Training Imagenet in 3 hours for 25 minutes").
+RECIPES = {
+    "tiny-imagenet": {"epochs": 50, "resolutions": [32, 32, 48], "stem_stride": 2, "batch_size": 256},
+    "shapes": {"epochs": 12, "resolutions": [32], "stem_stride": 4, "batch_size": 64},
+}
+PCT_START = 0.2  # of the steps the learning rate rises; a long way down does more for the result than a long way up
+HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+
+
+class UsageError(Exception):
+    """Something that the user can put right, in words for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schedule, the loss, the optimizer
+
+
+def one_cycle(step, total_steps, max_lr, pct_start=0.3, div_factor=25.0, final_div_factor=1e4, anneal="cos",
+              base_momentum=0.85, max_momentum=0.95):
+    """Learning rate and momentum at a step, 0 ... total_steps - 1, as torch.optim.lr_scheduler.OneCycleLR has them.
+
+    Up from max_lr / div_factor to max_lr during the first pct_start of the steps, then down to almost nothing; momentum
+    goes the other way, so that the two together do not overshoot (Smith & Topin 2017, "Super-Convergence",
+    arXiv:1708.07120). A function of the step alone: a resumed run needs no scheduler state.
+    anneal: "cos" or "linear". Equal base_momentum and max_momentum leave the momentum constant.
+    """
+    first_lr = max_lr / div_factor
+    peak = pct_start * total_steps - 1  # the step at which the learning rate is highest; need not be a whole number
+    if step <= peak:
+        progress = step / peak if peak > 0 else 1.0
+        lr, momentum = (first_lr, max_lr), (max_momentum, base_momentum)
+    else:
+        progress = (step - peak) / (total_steps - 1 - peak)
+        lr, momentum = (max_lr, first_lr / final_div_factor), (base_momentum, max_momentum)
+    if anneal == "cos":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return tuple(start + (end - start) * progress for start, end in (lr, momentum))
+
+
+def smoothed_nll_loss(log_probabilities, labels, smoothing):
+    """NLLLoss with label smoothing: (N, classes) log-softmax and (N,) labels -> the batch's mean.
+
+    The target is 1 - smoothing for the label and the rest spread over all classes, so that the network gains nothing
+    from being ever more certain (Szegedy et al. 2015, arXiv:1512.00567).
+    """
+    return (1 - smoothing) * F.nll_loss(log_probabilities, labels) - smoothing * log_probabilities.mean()
+
+
+def make_optimizer(network, weight_decay):
+    """SGD with Nesterov momentum; the learning rate and the momentum are set before each step.
+
+    Weight decay is for the weights that multiply. A BatchNorm's scale and shift and the biases have one dimension;
+    pulling them to zero costs accuracy and prevents no overfitting (He et al. 2018, arXiv:1812.01187).
+    """
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over the weights instead of one per operation
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, fused=fused)
+
+
+def choose_dtype(precision, device):
+    """The type in which convolutions compute: what was asked for, else the lowest that the device computes natively.
+
+    bf16 is emulated, slowly, by CPUs without instructions for it and by GPUs before Ampere (a T4, say), which have fp16.
+    """
+    if precision == "auto":
+        precision = "fp32"
+        if device.type == "cuda":
+            major = torch.cuda.get_device_capability(device)[0]
+            precision = "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
+        elif device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+            flags = Path("/proc/cpuinfo").read_text()
+            precision = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step, one epoch, one validation
+
+
+def forward(network, images, dtype):
+    """Log-probabilities (N, classes) float32; only what is inside the network runs in dtype."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        logits = network(images)
+    return F.log_softmax(logits.float(), dim=1)
+
+
+def train_step(network, images, labels, optimizer, scaler, dtype, smoothing):
+    """One step of gradient descent. Returns tally(...) of the batch."""
+    log_probabilities = forward(network, images, dtype)
+    loss = smoothed_nll_loss(log_probabilities, labels, smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()  # fp16 gradients would vanish below 6e-8; the scaler lifts them, and skips overflows
+    scaler.step(optimizer)
+    scaler.update()
+    return tally(log_probabilities.detach(), labels)
+
+
+def tally(log_probabilities, labels):
+    """(3,) on the device: summed loss without label smoothing, number of right answers, number of images."""
+    right = (log_probabilities.argmax(dim=1) == labels).sum()
+    return torch.stack([F.nll_loss(log_probabilities, labels, reduction="sum"), right, torch.ones_like(labels).sum()])
+
+
+def summarise(totals):
+    """Mean loss and accuracy from summed tallies, over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    loss, right, count = totals.tolist()
+    return loss / count, right / count
+
+
+def train_epoch(network, batches, optimizer, scaler, dtype, args, epoch, progress):
+    """One pass over the training images. Returns the mean loss and accuracy, and the last learning rate.
+
+    Raises UsageError as soon as a loss that is not a number is seen.
+    """
+    network.train()
+    resolution = resolution_at(epoch, args)
+    totals = torch.zeros(3, device=batches.device)
+    for index, (images, labels) in enumerate(batches.epoch(epoch, resolution)):
+        lr, momentum = one_cycle((epoch - 1) * len(batches) + index, args.epochs * len(batches), args.max_lr, PCT_START)
+        for group in optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+        totals += train_step(network, images, labels, optimizer, scaler, dtype, args.label_smoothing)
+        # Reading totals waits for the device, so it is read only when there is something to show, or at the end.
+        if progress.due() or index == len(batches) - 1:
+            loss, _, count = totals.tolist()
+            if not math.isfinite(loss):
+                raise UsageError(f"the loss is {loss / count} in epoch {epoch}, near step {index} of {len(batches)}, at "
+                                 f"learning rate {lr:.3g}: try --max-lr {args.max_lr / 10:g} or --precision fp32")
+            progress.show(epoch, resolution, (index + 1) / len(batches), loss / count)
+    return *summarise(totals), lr
+
+
+@torch.no_grad()
+def evaluate(network, batches, resolution, dtype):
+    """Mean loss and accuracy, and of each image (of this process) the predicted class and its probability."""
+    network.eval()
+    totals, predictions = torch.zeros(3, device=batches.device), []
+    for images, labels in batches.epoch(0, resolution):
+        log_probabilities = forward(network, images, dtype)
+        totals += tally(log_probabilities, labels)
+        predictions.append(log_probabilities.max(dim=1))
+    confidence, predicted = (torch.cat(column).cpu() for column in zip(*predictions))
+    return *summarise(totals), predicted, confidence.exp()
+
+
+def resolution_at(epoch, args):
+    """The side in pixels of the images in an epoch, 1 ... epochs; the last epoch always has the last resolution."""
+    return args.resolutions[-1 - (args.epochs - epoch) * len(args.resolutions) // args.epochs]
+
+
+class Progress:
+    """The line that moves while an epoch runs; in a log file it becomes a line a minute."""
+
+    def __init__(self, args, images_per_epoch, quiet):
+        self.args, self.images_per_epoch, self.quiet = args, images_per_epoch, quiet
+        self.moves = sys.stdout.isatty()
+        self.start = self.shown = time.monotonic()
+
+    def begin_epoch(self):
+        self.start = self.shown = time.monotonic()
+
+    def due(self):
+        return time.monotonic() - self.shown > (1 if self.moves else 60)
+
+    def show(self, epoch, resolution, fraction, loss):
+        if self.quiet or not self.due():
+            return
+        self.shown = time.monotonic()
+        rate = fraction * self.images_per_epoch / (self.shown - self.start)
+        # An image costs in proportion to its pixels, also in the epochs still to come.
+        pixels = resolution**2 * (1 - fraction) + sum(resolution_at(e, self.args)**2
+                                                      for e in range(epoch + 1, self.args.epochs + 1))
+        left = pixels / resolution**2 * self.images_per_epoch / rate
+        print(f"epoch {epoch:2}  {fraction:4.0%}  {rate:,.0f} images/s at {resolution} pixels  loss {loss:.3f}  "
+              f"{clock(left)} left", end="   \r" if self.moves else "\n", flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves in its folder
+
+
+def save(path, state):
+    """Writes a checkpoint whole or not at all. Raises UsageError."""
+    try:
+        with data.replacing(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{path}: cannot be written ({str(error).splitlines()[0]}): make room, then --resume "
+                         f"{path.parent}") from error
+
+
+def write_history(history, path):
+    with data.replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, HISTORY)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def save_figure(figure, path):
+    with data.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
+def draw_curves(history, path):
+    """Loss, accuracy and learning rate against the epoch."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) < 15 else None
+    for axis, quantity in zip(axes, ("loss", "accuracy")):
+        for part in ("train", "val"):
+            label = {"train": "training (augmented)", "val": "validation"}[part]
+            axis.plot(epochs, [row[f"{part}_{quantity}"] for row in history], marker=marker, label=label)
+        axis.set(title=quantity.capitalize(), xlabel="epoch")
+        axis.legend()
+    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axes[2].plot(epochs, [row["lr"] for row in history], marker=marker, color="tab:green")
+    axes[2].set(title="Learning rate at the end of the epoch", xlabel="epoch")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
+    save_figure(figure, path)
+
+
+def draw_misclassified(dataset, indices, predicted, confidence, path, count=25):
+    """A grid of wrongly classified images, drawn at random: what they are, what they were taken for, how surely."""
+    wrong = torch.where(predicted != dataset.labels[indices])[0]
+    wrong = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0))][:count]
+    columns = 5
+    rows = max(1, math.ceil(len(wrong) / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.7 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, i in zip(axes.flat, wrong.tolist()):
+        axis.imshow(dataset.images[indices[i]].permute(1, 2, 0))
+        axis.set_title("\n".join(
+            [short(f"is {dataset.class_names[dataset.labels[indices[i]]]}"),
+             short(f"taken for {dataset.class_names[predicted[i]]} ({confidence[i]:.0%})")]), fontsize=8)
+    if not len(wrong):
+        figure.suptitle("Every validation image is classified correctly.")
+    save_figure(figure, path)
+
+
+def short(text, width=30):
+    """At most two lines of width letters, without the $ that would start a formula."""
+    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width, max_lines=2, placeholder=" ..."))
+
+
+def write_report(folder, args, dataset, val, predicted, history, device_name, dtype):
+    """report.md: what was done, how well it went, and where it goes wrong."""
+    last, best = history[-1], max(history, key=lambda row: row["val_accuracy"])
+    names, labels = dataset.class_names, dataset.labels[val]
+    gap = last["train_accuracy"] - last["val_accuracy"]
+    verdict = ("The training images are known much better than new ones: the network overfits; stronger augmentation or "
+               "weight decay should help." if gap > 0.1 else
+               "The network does worse on the training images, which are augmented, than on the validation images: it "
+               "does not overfit, and longer training or weaker augmentation should help." if gap < -0.02 else
+               "The two are close: the network generalises; a longer training or a larger network may still gain.")
+    confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
+    confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)  # [actual, predicted]
+    accuracy = confusion.diag() / confusion.sum(dim=1)
+    order = accuracy.argsort(descending=True, stable=True).tolist()
+    shown = min(10, len(names) // 2)
+    pairs = (confusion - torch.diag(confusion.diag())).flatten().topk(10)
+    lines = [
+        f"# {args.model} on {dataset.name}", "",
+        f"**{last['val_accuracy']:.2%} validation accuracy** after {last['epoch']} epochs "
+        f"({clock(sum(row['seconds'] for row in history))} h). The best epoch, {best['epoch']}, had "
+        f"{best['val_accuracy']:.2%}; it was chosen on the validation images, so the final figure is the fair one.", "",
+        f"Training accuracy {last['train_accuracy']:.2%}, a gap of {100 * gap:+.1f} points. {verdict}", "",
+        "| | |", "| --- | --- |",
+        f"| command | `{args.command}` |",
+        f"| data | {dataset.name}, split {args.split}: {len(dataset.labels) - len(val):,} training and {len(val):,} "
+        f"validation images of {len(names)} classes |",
+        f"| network | {args.model}" + (f", stem stride {args.stem_stride}" if args.model == "resnet18" else "")
+        + f", {sum(p.numel() for p in model.create(args.model, len(names)).parameters()):,} parameters |",
+        f"| training | resolutions {args.resolutions}, batch {args.batch_size}, OneCycle to {args.max_lr:g}, weight decay "
+        f"{args.weight_decay:g}, label smoothing {args.label_smoothing:g}, seed {args.seed} |",
+        f"| computed on | {device_name}, {str(dtype).removeprefix('torch.')} |", "",
+        "![Loss, accuracy and learning rate](curves.png)", "",
+        "## Classes", "", "| best | accuracy | worst | accuracy |", "| --- | ---: | --- | ---: |",
+        *(f"| {names[b]} | {accuracy[b]:.1%} | {names[w]} | {accuracy[w]:.1%} |"
+          for b, w in zip(order[:shown], order[::-1][:shown])), "",
+        "## Most frequent confusions", "", "| actual | predicted | images |", "| --- | --- | ---: |",
+        *(f"| {names[i // len(names)]} | {names[i % len(names)]} | {count} |"
+          for count, i in zip(pairs.values.tolist(), pairs.indices.tolist()) if count), "",
+        "## Misclassified validation images", "", "![Misclassified images](misclassified.png)", ""]
+    with data.replacing(folder / "report.md") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How much of the time is training, and how much is the rest
+
+
+def benchmark(network, batches, optimizer, scaler, dtype, args):
+    """Compares the real loop with bare steps on one batch that is already on the device, in turn, at each resolution."""
+    def synchronised(work):
+        start = time.perf_counter()
+        work()
+        if batches.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def loop(source, count):
+        for (images, labels), _ in zip(source, range(count)):
+            train_step(network, images, labels, optimizer, scaler, dtype, args.label_smoothing)
+
+    network.train()
+    print(f"{'resolution':>10} {'bare steps':>14} {'real loop':>14} {'loses':>7}    of a step: "
+          "data, forward, backward, optimizer")
+    for resolution in sorted(set(args.resolutions)):
+        bare, real, stages = [], [], []
+        resident = next(batches.epoch(1, resolution))
+        steps = max(1, min(round(1 / max(synchronised(lambda: loop([resident] * 2, 2)) / 2, 1e-3)), len(batches)))
+        for _ in range(9):
+            bare.append(synchronised(lambda: loop([resident] * steps, steps)))
+            real.append(synchronised(lambda: loop(batches.epoch(1, resolution), steps)))
+        images, labels = resident
+        for _ in range(5):
+            results = []
+            source = batches.epoch(1, resolution)
+            next(source)  # what is done once an epoch is not part of a step
+            stages.append([
+                synchronised(lambda: next(source)),
+                synchronised(lambda: results.append(smoothed_nll_loss(forward(network, images, dtype), labels, 0.1))),
+                synchronised(lambda: scaler.scale(results[0]).backward()),
+                synchronised(optimizer.step)])
+        seconds = [statistics.median(column) for column in zip(*stages)]
+        loses = 1 - statistics.median(b / r for b, r in zip(bare, real))
+        rates = (f"{steps * len(labels) / statistics.median(times):9,.0f} img/s" for times in (bare, real))
+        print(f"{resolution:10}", *rates, f"{loses:7.1%}   ", ", ".join(f"{s / sum(seconds):.0%}" for s in seconds),
+              flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description="Trains a network on Tiny ImageNet and reports on it.",
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=RECIPES, default="tiny-imagenet", help="the assignment's; shapes needs no download")
+    add("--data-dir", default="data", help="where Tiny ImageNet is, or is downloaded to")
+    add("--split", choices=("70-30", "official"), default="70-30",
+        help="70-30 is the assignment's; official (100,000/10,000) is what papers report")
+    add("--model", choices=model.MODELS, default="resnet18", help="resnet18 is the more accurate of the two, and faster")
+    add("--stem-stride", type=int, choices=(4, 2, 1),
+        help="of ResNet18: 2 keeps four times the positions of the original's 4,\nwhich was made for images of 224 pixels; "
+             "1 is four times slower (shapes: 4)")
+    add("--resolutions", type=int, nargs="+", metavar="PIXELS",
+        help="image sides, sharing the epochs evenly: 32 32 48, because small images\ntrain several times as fast, and the "
+             "last ones decide (shapes: 32)")
+    add("--epochs", type=int, help="50, as the assignment asks (shapes: 12)")
+    add("--batch-size", type=int, help="of all processes together: 256 keeps a GPU busy and is\nsmall enough for SGD to "
+                                       "generalise (shapes: 64, as its epochs are short)")
+    add("--max-lr", type=float, default=0.2, help="peak of OneCycle: 0.2 for batches of 256, to be scaled with the batch")
+    add("--weight-decay", type=float, default=5e-4, help="5e-4, the usual value for SGD on small images")
+    add("--label-smoothing", type=float, default=0.1, help="0.1, as the paper that introduced it has it")
+    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
+        help="auto takes the lowest that the device computes natively")
+    add("--seed", type=int, default=0, help="of the split, the weights and the augmentation; 0 for repeatable runs")
+    add("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
+    add("--out", help="the run's folder: a new one, runs/DATASET-MODEL, so that no run overwrites another")
+    add("--resume", metavar="DIR", help="go on after the last finished epoch of the run in this folder, with its flags")
+    add("--benchmark", action="store_true", help="measure the speed of these flags instead of training")
+    args = parser.parse_args(argv)
+    checkpoint = None
+    if args.resume:
+        checkpoint = model.load_checkpoint(Path(args.resume) / "last.pt")
+        parser.set_defaults(**checkpoint["config"])
+        args = parser.parse_args(argv)  # once more: the run's flags are the defaults now
+        for key, value in checkpoint["config"].items():
+            if getattr(args, key) != value and key != "data_dir":
+                raise UsageError(f"--resume {args.resume}: the run has --{key.replace('_', '-')} {value}, and a part of a "
+                                 f"run cannot have another: leave the flag out, or start a new run")
+        args.command = checkpoint["config"]["command"]
+    else:
+        for key, value in RECIPES[args.dataset].items():
+            if getattr(args, key) is None:
+                setattr(args, key, value)
+        args.command = " ".join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    limits = {"epochs": (1, math.inf), "batch_size": (1, math.inf), "max_lr": (1e-12, math.inf),
+              "weight_decay": (0, 1), "label_smoothing": (0, 0.999), "seed": (0, 2**31)}
+    for key, (low, high) in limits.items():
+        if not low <= getattr(args, key) <= high:
+            raise UsageError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {low:g}"
+                             + (f" and at most {high:g}" if high < math.inf else ""))
+    if min(args.resolutions) < 18 or any(side % 2 for side in args.resolutions):
+        raise UsageError(f"--resolutions {args.resolutions}: even numbers of at least 18 are needed")
+    return args, checkpoint
+
+
+def start_processes(device_name):
+    """This process's rank, how many there are, and its device; torchrun tells through the environment."""
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if device_name == "auto":
+        device_name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device_name == "cuda":
+        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(device_name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device_name}: {str(error).splitlines()[0]}: try --device cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def new_folder(args):
+    """Creates the run's folder; one that has something in it is never used again."""
+    if args.out:
+        folder = Path(args.out)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UsageError(f"--out {folder}: is there already: name another folder, or --resume it")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for number in range(1, 10**6):
+        folder = Path("runs") / (f"{args.dataset}-{args.model}" + (f"-{number}" if number > 1 else ""))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+def run(args, checkpoint):
+    rank, world_size, device = start_processes(args.device)
+    say = print if rank == 0 else lambda *_, **__: None
+    if rank > 0:
+        dist.barrier()  # the first process downloads, decodes and caches; the others wait, and find the cache
+    dataset = data.load(args.dataset, args.data_dir, args.seed)
+    if world_size > 1 and rank == 0:
+        dist.barrier()
+    train, val = data.split(dataset, args.split, args.seed)
+    if not 2 * world_size <= args.batch_size <= len(train):
+        raise UsageError(f"--batch-size {args.batch_size}: must be at least {2 * world_size}, two images for each process, "
+                         f"and at most {len(train)}, the number of training images")
+
+    # Kernels that give the same sums in the same order: resuming ends bit for bit where the whole run ends.
+    torch.backends.cudnn.deterministic = True
+    torch.manual_seed(args.seed)
+    network = model.create(args.model, len(dataset.class_names), args.stem_stride)
+    network = network.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(network, args.weight_decay)
+    dtype = choose_dtype(args.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    history = []
+    if checkpoint is not None:
+        source = Path(args.resume) / "last.pt"
+        if checkpoint["classes"] != dataset.class_names:
+            raise UsageError(f"{source}: trained on {len(checkpoint['classes'])} classes that are not the "
+                             f"{len(dataset.class_names)} of {args.dataset}: give the --data-dir it was trained on")
+        model.restore(checkpoint, source)  # raises if the weights do not fit
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        history = checkpoint["history"]
+
+    batches = data.Batches(dataset, train, args.batch_size, device, True, args.seed, rank, world_size)
+    val_batches = data.Batches(dataset, val, 1000, device, False, rank=rank, world_size=world_size)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}"
+    say(f"{args.model} on {dataset.name}: {len(train):,} images to train on, {len(val):,} to validate, on {device_name} "
+        f"in {dtype}" + (f", {world_size} processes" if world_size > 1 else ""))
+    if args.benchmark:
+        return benchmark(network, batches, optimizer, scaler, dtype, args)
+
+    replica = network  # shares its weights with network, and its gradients with the other processes
+    if world_size > 1:
+        replica = torch.nn.parallel.DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
+
+    def state(epoch):
+        config = {key: value for key, value in vars(args).items() if key not in ("resume", "out", "device", "benchmark")}
+        return {"config": config, "classes": dataset.class_names, "epoch": epoch, "history": history,
+                "model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+
+    folder = Path(args.resume) if args.resume else new_folder(args) if rank == 0 else None
+    args.folder = folder
+    if rank == 0 and not args.resume:
+        save(folder / "last.pt", state(0))  # from here on, whatever happens, the run can be resumed
+    progress = Progress(args, len(train), quiet=rank > 0)
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        progress.begin_epoch()
+        train_loss, train_accuracy, lr = train_epoch(replica, batches, optimizer, scaler, dtype, args, epoch, progress)
+        val_loss, val_accuracy, _, _ = evaluate(replica, val_batches, resolution_at(epoch, args), dtype)
+        history.append(dict(zip(HISTORY, (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy,
+                                          round(time.monotonic() - progress.start, 2)))))
+        say(f"epoch {epoch:2}/{args.epochs}  {resolution_at(epoch, args)} pixels  train loss {train_loss:.3f}, accuracy "
+            f"{train_accuracy:6.2%}  validation loss {val_loss:.3f}, accuracy {val_accuracy:6.2%}  "
+            f"{history[-1]['seconds']:.0f} s", flush=True)
+        if rank == 0:
+            # last.pt comes last: a run that is killed in between repeats the epoch, and writes the same again.
+            if val_accuracy >= max(row["val_accuracy"] for row in history):
+                save(folder / "best.pt", state(epoch))
+            write_history(history, folder / "history.csv")
+            draw_curves(history, folder / "curves.png")
+            save(folder / "last.pt", state(epoch))
+
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        val_batches = data.Batches(dataset, val, 1000, device, False)
+        _, _, predicted, confidence = evaluate(network, val_batches, args.resolutions[-1], dtype)
+        draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
+        write_report(folder, args, dataset, val, predicted, history, device_name, dtype)
+        say(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def main():
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    args = None
+    try:
+        args, checkpoint = parse_arguments()
+        run(args, checkpoint)
+    except (UsageError, data.DataError, ValueError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        folder = getattr(args, "folder", None)
+        print("\nstopped" + (f"; to go on: python train.py --resume {folder}" if folder else ""), file=sys.stderr)
+        sys.exit(128 + error.args[0])
+
+
+if __name__ == "__main__":
+    main()
