@@ -286,17 +286,16 @@ def shapes(seed=0, per_class=550):
     images = np.empty((count, 3, SIZE, SIZE), np.uint8)
     boxes = np.empty((count, 4), np.int64)
     for index, label in enumerate(labels):
-        radius, angle = rng.uniform(12, 26), rng.uniform(0, 2 * np.pi)
+        radius, angle = rng.uniform(16, 30), rng.uniform(0, 2 * np.pi)
         x, y = rng.uniform(radius, SIZE - radius, 2)
         dx, dy = (pixel[None, :] - x) / radius, (pixel[:, None] - y) / radius
         inside = list(SHAPES.values())[label](np.cos(angle) * dx + np.sin(angle) * dy,
                                               np.cos(angle) * dy - np.sin(angle) * dx)
-        colour, background = rng.uniform(20, 235, (2, 3, 1, 1))
-        while np.abs(colour - background).max() < 100:  # the shape must be visible
-            colour, background = rng.uniform(20, 235, (2, 3, 1, 1))
-        tiles = rng.normal(0, 25, (3, 8, 8)).repeat(8, axis=1).repeat(8, axis=2)
+        # Any colours, but the shape is the lighter one: it is easily found, and what takes learning is its form.
+        colour, background = rng.uniform(130, 255, (3, 1, 1)), rng.uniform(0, 110, (3, 1, 1))
+        tiles = rng.normal(0, 20, (3, 8, 8)).repeat(8, axis=1).repeat(8, axis=2)
         image = np.where(inside, colour + stripes(rng, pixel), background + stripes(rng, pixel) + tiles)
-        images[index] = (image + rng.normal(0, 8, image.shape)).clip(0, 255)
+        images[index] = (image + rng.normal(0, 5, image.shape)).clip(0, 255)
         columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
         boxes[index] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     names = list(SHAPES)
@@ -338,13 +337,14 @@ class Batches:
     a resumed run sees what the uninterrupted one would have seen, on any device.
 
     dataset: a Dataset; indices (N,) int64: the images to take; batch_size: of all processes together; augment: shuffle,
-    crop, flip and cut out; rank, world_size: this process's number, and how many share each batch.
+    crop, flip and cut out; cutout: side of the square cut out, as a fraction of the image's; rank, world_size: this process's number, and how many share each batch.
     """
 
-    CROP, CUTOUT = 1 / 8, 1 / 4  # of the image's side: the largest shift, and the side of the square that is cut out
+    CROP = 1 / 8  # the largest shift of a crop, as a fraction of the image's side
 
-    def __init__(self, dataset, indices, batch_size, device, augment, seed=0, rank=0, world_size=1):
-        self.indices, self.device, self.augment, self.seed = indices, torch.device(device), augment, seed
+    def __init__(self, dataset, indices, batch_size, device, augment, cutout=0.25, seed=0, rank=0, world_size=1):
+        self.indices, self.device, self.seed = indices, torch.device(device), seed
+        self.augment, self.cutout = augment, cutout
         self.share = slice(rank, None, world_size)
         # As many batches as needed, all of them of nearly the same size: no last one of a single image, on which
         # BatchNorm has no variance to divide by.
@@ -379,7 +379,7 @@ class Batches:
                 yield prepare(images, resolution), labels
             else:
                 images = prepare(images, resolution, theta[part].to(self.device, non_blocking=True))
-                yield cut_out(images, hole[part].to(self.device, non_blocking=True), self.CUTOUT), labels
+                yield cut_out(images, hole[part].to(self.device, non_blocking=True), self.cutout), labels
 
 
 def cut_out(images, centre, side):
