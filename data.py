@@ -406,7 +406,7 @@ def draw_samples(dataset, path, seed=0, per_class=5):
     for row, label in zip(axes, labels):
         row[per_class // 2].set_title(f"{label}: {dataset.class_names[label]} ({dataset.wnids[label]})", fontsize=10)
         for axis, index in zip(row, rng.choice(np.flatnonzero(dataset.labels == label), per_class, replace=False)):
-            axis.imshow(dataset.images[index].permute(1, 2, 0))
+            axis.imshow(dataset.images[index].permute(1, 2, 0).numpy())
             x0, y0, x1, y1 = dataset.boxes[index].tolist()
             axis.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="yellow"))
             axis.axis("off")

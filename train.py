@@ -273,7 +273,7 @@ def draw_misclassified(dataset, indices, predicted, confidence, path, count=25):
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, wrong.tolist()):
-        axis.imshow(dataset.images[indices[i]].permute(1, 2, 0))
+        axis.imshow(dataset.images[indices[i]].permute(1, 2, 0).numpy())
         axis.set_title("\n".join(
             [short(f"is {dataset.class_names[dataset.labels[indices[i]]]}"),
              short(f"taken for {dataset.class_names[predicted[i]]} ({confidence[i]:.0%})")]), fontsize=8)
@@ -522,35 +522,44 @@ def run(args, checkpoint):
                 "model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
     folder = Path(args.resume) if args.resume else new_folder(args) if rank == 0 else None
-    args.folder = folder
     if rank == 0 and not args.resume:
         save(folder / "last.pt", state(0))  # from here on, whatever happens, the run can be resumed
-    progress = Progress(args, len(train), quiet=rank > 0)
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        progress.begin_epoch()
-        train_loss, train_accuracy, lr = train_epoch(replica, batches, optimizer, scaler, dtype, args, epoch, progress)
-        val_loss, val_accuracy, _, _ = evaluate(replica, val_batches, resolution_at(epoch, args), dtype)
-        history.append(dict(zip(HISTORY, (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy,
-                                          round(time.monotonic() - progress.start, 2)))))
-        say(f"epoch {epoch:2}/{args.epochs}  {resolution_at(epoch, args)} pixels  train loss {train_loss:.3f}, accuracy "
-            f"{train_accuracy:6.2%}  validation loss {val_loss:.3f}, accuracy {val_accuracy:6.2%}  "
-            f"{history[-1]['seconds']:.0f} s", flush=True)
+    try:
+        progress = Progress(args, len(train), quiet=rank > 0)
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            progress.begin_epoch()
+            train_loss, train_accuracy, lr = train_epoch(replica, batches, optimizer, scaler, dtype, args, epoch, progress)
+            val_loss, val_accuracy, _, _ = evaluate(replica, val_batches, resolution_at(epoch, args), dtype)
+            history.append(dict(zip(HISTORY, (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy,
+                                              round(time.monotonic() - progress.start, 2)))))
+            say(f"epoch {epoch:2}/{args.epochs}  {resolution_at(epoch, args)} pixels  train loss {train_loss:.3f}, accuracy "
+                f"{train_accuracy:6.2%}  validation loss {val_loss:.3f}, accuracy {val_accuracy:6.2%}  "
+                f"{history[-1]['seconds']:.0f} s", flush=True)
+            if rank == 0:
+                # last.pt comes last: a run that is killed in between repeats the epoch, and writes the same again.
+                if val_accuracy >= max(row["val_accuracy"] for row in history):
+                    save(folder / "best.pt", state(epoch))
+                write_history(history, folder / "history.csv")
+                draw_curves(history, folder / "curves.png")
+                save(folder / "last.pt", state(epoch))
+        if world_size > 1:
+            dist.destroy_process_group()
         if rank == 0:
-            # last.pt comes last: a run that is killed in between repeats the epoch, and writes the same again.
-            if val_accuracy >= max(row["val_accuracy"] for row in history):
-                save(folder / "best.pt", state(epoch))
-            write_history(history, folder / "history.csv")
-            draw_curves(history, folder / "curves.png")
-            save(folder / "last.pt", state(epoch))
+            finish(folder, args, network, dataset, val, history, device, device_name, dtype)
+    except KeyboardInterrupt:
+        say(f"\nstopped; to go on: python train.py --resume {folder}", file=sys.stderr)
+        raise
 
-    if world_size > 1:
-        dist.destroy_process_group()
-    if rank == 0:
-        val_batches = data.Batches(dataset, val, 1000, device, False)
-        _, _, predicted, confidence = evaluate(network, val_batches, args.resolutions[-1], dtype)
-        draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
-        write_report(folder, args, dataset, val, predicted, history, device_name, dtype)
-        say(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
+
+def finish(folder, args, network, dataset, val, history, device, device_name, dtype):
+    """The pictures and the report of a run whose last epoch is over."""
+    batches = data.Batches(dataset, val, 1000, device, augment=False)
+    _, _, predicted, confidence = evaluate(network, batches, args.resolutions[-1], dtype)
+    write_history(history, folder / "history.csv")
+    draw_curves(history, folder / "curves.png")
+    draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
+    write_report(folder, args, dataset, val, predicted, history, device_name, dtype)
+    print(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
 
 
 def interrupt(number, frame):
@@ -560,7 +569,6 @@ def interrupt(number, frame):
 def main():
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    args = None
     try:
         args, checkpoint = parse_arguments()
         run(args, checkpoint)
@@ -568,8 +576,6 @@ def main():
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        folder = getattr(args, "folder", None)
-        print("\nstopped" + (f"; to go on: python train.py --resume {folder}" if folder else ""), file=sys.stderr)
         sys.exit(128 + error.args[0])
 
 
