@@ -7,8 +7,10 @@
 prints the number of images, classes and images per split, and writes samples.png, a picture of five classes.
 """
 import argparse
+import functools
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -325,8 +327,13 @@ def prepare(images, resolution, theta=None):
         theta = torch.eye(2, 3, device=images.device).expand(count, 2, 3)
     grid = F.affine_grid(theta, (count, 3, resolution, resolution), align_corners=False)
     images = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    mean, std = mean_and_std(images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache  # to copy even three numbers to a GPU at every step would make the host wait for it
+def mean_and_std(device):
+    return [torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD)]
 
 
 class Batches:
@@ -343,43 +350,40 @@ class Batches:
     CROP = 1 / 8  # the largest shift of a crop, as a fraction of the image's side
 
     def __init__(self, dataset, indices, batch_size, device, augment, cutout=0.25, seed=0, rank=0, world_size=1):
-        self.indices, self.device, self.seed = indices, torch.device(device), seed
-        self.augment, self.cutout = augment, cutout
-        self.share = slice(rank, None, world_size)
+        self.device, self.augment, self.cutout, self.seed = torch.device(device), augment, cutout, seed
+        self.rank, self.world_size = rank, world_size
         # As many batches as needed, all of them of nearly the same size: no last one of a single image, on which
         # BatchNorm has no variance to divide by.
-        self.count = -(-len(indices) // batch_size)
-        self.images, self.labels = dataset.images, dataset.labels
+        self.count = math.ceil(len(indices) / batch_size)
+        self.images, self.labels, self.indices = dataset.images, dataset.labels, indices
         if self.device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
-            self.images = self.images.to(self.device)
+            self.images, self.labels, self.indices = (t.to(self.device) for t in (self.images, self.labels, indices))
 
     def __len__(self):
         return self.count
 
     def epoch(self, epoch, resolution):
         """Yields images (B, 3, resolution, resolution) float32 and labels (B,) int64: every index once."""
-        total = len(self.indices)
-        order, theta, hole = self.indices, None, None
+        total, order = len(self.indices), self.indices
         if self.augment:
+            # Drawn on the CPU, whose random numbers are the same everywhere, for the whole epoch at once.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = order[torch.randperm(total, generator=generator)]
+            order = order[torch.randperm(total, generator=generator).to(order.device)]
             theta = torch.zeros(total, 2, 3)
             theta[:, 0, 0] = torch.randint(2, (total,), generator=generator) * 2 - 1  # -1 is the mirror image
             theta[:, 1, 1] = 1
             reach = int(SIZE * self.CROP)  # whole pixels, so that at full resolution a crop does not blur
-            shift = torch.randint(-reach, reach + 1, (total, 2), generator=generator)
-            theta[:, :, 2] = shift * 2 / SIZE
+            theta[:, :, 2] = torch.randint(-reach, reach + 1, (total, 2), generator=generator) * 2 / SIZE
             hole = torch.rand(total, 2, generator=generator)  # centre of the square cut out, as fractions of the sides
-        for part in torch.arange(total).tensor_split(self.count):
-            part = part[self.share]
-            chosen = order[part]
-            images = self.images[chosen.to(self.images.device)].to(self.device, non_blocking=True)
-            labels = self.labels[chosen].to(self.device, non_blocking=True)
-            if not self.augment:
-                yield prepare(images, resolution), labels
+            theta, hole = theta.to(self.device), hole.to(self.device)
+        for batch in range(self.count):
+            part = slice(batch * total // self.count + self.rank, (batch + 1) * total // self.count, self.world_size)
+            images = self.images[order[part]].to(self.device, non_blocking=True)
+            labels = self.labels[order[part]].to(self.device, non_blocking=True)
+            if self.augment:
+                yield cut_out(prepare(images, resolution, theta[part]), hole[part], self.cutout), labels
             else:
-                images = prepare(images, resolution, theta[part].to(self.device, non_blocking=True))
-                yield cut_out(images, hole[part].to(self.device, non_blocking=True), self.cutout), labels
+                yield prepare(images, resolution), labels
 
 
 def cut_out(images, centre, side):

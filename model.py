@@ -142,7 +142,22 @@ def create(name, num_classes, stem_stride=2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Devices and checkpoints
+
+
+def choose_device(name="auto", index=0):
+    """The torch.device of that name; auto takes CUDA (the GPU with that index), else MPS, else the CPU.
+
+    Raises ValueError if this machine does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{index}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}: try --device cpu") from error
 
 
 def load_checkpoint(path, device="cpu"):

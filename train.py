@@ -7,7 +7,7 @@
     python train.py --benchmark                       # images/s of these flags on this machine, and where the time goes
 
 prints a line per epoch (loss and accuracy on the training and the validation images) and writes into the run's folder
-history.csv, last.pt, best.pt, curves.png, misclassified.png and report.md.
+history.csv, last.pt, best.pt, curves.png, misclassified.png, gradcam.png and report.md.
 """
 import argparse
 import csv
@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
+import gradcam
 import model
 
 # What differs between the data sets. Resolutions: the epochs are shared out evenly among them; small images first are
@@ -133,7 +134,8 @@ def train_step(network, images, labels, optimizer, scaler, dtype, smoothing):
 def tally(log_probabilities, labels):
     """(3,) on the device: summed loss without label smoothing, number of right answers, number of images."""
     right = (log_probabilities.argmax(dim=1) == labels).sum()
-    return torch.stack([F.nll_loss(log_probabilities, labels, reduction="sum"), right, torch.ones_like(labels).sum()])
+    count = torch.full_like(right, len(labels))
+    return torch.stack([F.nll_loss(log_probabilities, labels, reduction="sum"), right, count])
 
 
 def summarise(totals):
@@ -150,7 +152,7 @@ def train_epoch(network, batches, optimizer, scaler, dtype, args, epoch, progres
     Raises UsageError as soon as a loss that is not a number is seen.
     """
     network.train()
-    resolution = resolution_at(epoch, args)
+    resolution, start = resolution_at(epoch, args), time.monotonic()
     totals = torch.zeros(3, device=batches.device)
     for index, (images, labels) in enumerate(batches.epoch(epoch, resolution)):
         lr, momentum = one_cycle((epoch - 1) * len(batches) + index, args.epochs * len(batches), args.max_lr, PCT_START)
@@ -163,19 +165,23 @@ def train_epoch(network, batches, optimizer, scaler, dtype, args, epoch, progres
             if not math.isfinite(loss):
                 raise UsageError(f"the loss is {loss / count} in epoch {epoch}, near step {index} of {len(batches)}, at "
                                  f"learning rate {lr:.3g}: try --max-lr {args.max_lr / 10:g} or --precision fp32")
-            progress.show(epoch, resolution, (index + 1) / len(batches), loss / count)
+            done, seconds = (index + 1) / len(batches), time.monotonic() - start
+            progress.show(f"epoch {epoch:2}  {done:4.0%}  {done * len(batches.indices) / seconds:,.0f} images/s at {resolution} "
+                          f"pixels  loss {loss / count:.3f}  {clock(time_left(args, epoch, done, seconds))} left")
     return *summarise(totals), lr
 
 
 @torch.no_grad()
-def evaluate(network, batches, resolution, dtype):
+def evaluate(network, batches, resolution, dtype, progress):
     """Mean loss and accuracy, and of each image (of this process) the predicted class and its probability."""
     network.eval()
     totals, predictions = torch.zeros(3, device=batches.device), []
-    for images, labels in batches.epoch(0, resolution):
+    for index, (images, labels) in enumerate(batches.epoch(0, resolution)):
         log_probabilities = forward(network, images, dtype)
         totals += tally(log_probabilities, labels)
         predictions.append(log_probabilities.max(dim=1))
+        if progress.due():
+            progress.show(f"validating  {(index + 1) / len(batches):4.0%}")
     confidence, predicted = (torch.cat(column).cpu() for column in zip(*predictions))
     return *summarise(totals), predicted, confidence.exp()
 
@@ -185,31 +191,25 @@ def resolution_at(epoch, args):
     return args.resolutions[-1 - (args.epochs - epoch) * len(args.resolutions) // args.epochs]
 
 
+def time_left(args, epoch, done, seconds):
+    """Seconds until the last step, when the share done of this epoch took seconds; an image costs what its pixels cost."""
+    costs = [resolution_at(e, args)**2 for e in range(epoch, args.epochs + 1)]
+    return seconds / done * (sum(costs) / costs[0] - done)
+
+
 class Progress:
     """The line that moves while an epoch runs; in a log file it becomes a line a minute."""
 
-    def __init__(self, args, images_per_epoch, quiet):
-        self.args, self.images_per_epoch, self.quiet = args, images_per_epoch, quiet
-        self.moves = sys.stdout.isatty()
-        self.start = self.shown = time.monotonic()
-
-    def begin_epoch(self):
-        self.start = self.shown = time.monotonic()
+    def __init__(self, quiet=False):
+        self.quiet, self.moves, self.shown = quiet, sys.stdout.isatty(), time.monotonic()
 
     def due(self):
         return time.monotonic() - self.shown > (1 if self.moves else 60)
 
-    def show(self, epoch, resolution, fraction, loss):
-        if self.quiet or not self.due():
-            return
-        self.shown = time.monotonic()
-        rate = fraction * self.images_per_epoch / (self.shown - self.start)
-        # An image costs in proportion to its pixels, also in the epochs still to come.
-        pixels = resolution**2 * (1 - fraction) + sum(resolution_at(e, self.args)**2
-                                                      for e in range(epoch + 1, self.args.epochs + 1))
-        left = pixels / resolution**2 * self.images_per_epoch / rate
-        print(f"epoch {epoch:2}  {fraction:4.0%}  {rate:,.0f} images/s at {resolution} pixels  loss {loss:.3f}  "
-              f"{clock(left)} left", end="   \r" if self.moves else "\n", flush=True)
+    def show(self, text):
+        if self.due() and not self.quiet:
+            print(f"{text:99}", end="\r" if self.moves else "\n", flush=True)
+            self.shown = time.monotonic()
 
 
 def clock(seconds):
@@ -287,7 +287,7 @@ def short(text, width=30):
     return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width, max_lines=2, placeholder=" ..."))
 
 
-def write_report(folder, args, dataset, val, predicted, history, device_name, dtype):
+def write_report(folder, args, dataset, val, predicted, history, device_name, dtype, gradcam_table):
     """report.md: what was done, how well it went, and where it goes wrong."""
     last, best = history[-1], max(history, key=lambda row: row["val_accuracy"])
     names, labels = dataset.class_names, dataset.labels[val]
@@ -325,7 +325,10 @@ def write_report(folder, args, dataset, val, predicted, history, device_name, dt
         "## Most frequent confusions", "", "| actual | predicted | images |", "| --- | --- | ---: |",
         *(f"| {names[i // len(names)]} | {names[i % len(names)]} | {count} |"
           for count, i in zip(pairs.values.tolist(), pairs.indices.tolist()) if count), "",
-        "## Misclassified validation images", "", "![Misclassified images](misclassified.png)", ""]
+        "## Misclassified validation images", "", "![Misclassified images](misclassified.png)", "",
+        "## Grad-CAM: does the network look at the object?", "", gradcam_table, "",
+        f"The whole validation set: `python gradcam.py {folder} --evaluate`.", "",
+        "![What spoke for the wrong class](gradcam.png)", ""]
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
@@ -438,15 +441,7 @@ def parse_arguments(argv=None):
 def start_processes(device_name):
     """This process's rank, how many there are, and its device; torchrun tells through the environment."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device_name == "auto":
-        device_name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device_name == "cuda":
-        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(device_name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device_name}: {str(error).splitlines()[0]}: try --device cpu") from error
+    device = model.choose_device(device_name, os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
@@ -512,6 +507,7 @@ def run(args, checkpoint):
     if args.benchmark:
         return benchmark(network, batches, optimizer, scaler, dtype, args)
 
+    progress = Progress(quiet=rank > 0)
     replica = network  # shares its weights with network, and its gradients with the other processes
     if world_size > 1:
         replica = torch.nn.parallel.DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
@@ -525,13 +521,12 @@ def run(args, checkpoint):
     if rank == 0 and not args.resume:
         save(folder / "last.pt", state(0))  # from here on, whatever happens, the run can be resumed
     try:
-        progress = Progress(args, len(train), quiet=rank > 0)
         for epoch in range(len(history) + 1, args.epochs + 1):
-            progress.begin_epoch()
+            start = time.monotonic()
             train_loss, train_accuracy, lr = train_epoch(replica, batches, optimizer, scaler, dtype, args, epoch, progress)
-            val_loss, val_accuracy, _, _ = evaluate(replica, val_batches, resolution_at(epoch, args), dtype)
+            val_loss, val_accuracy, _, _ = evaluate(replica, val_batches, resolution_at(epoch, args), dtype, progress)
             history.append(dict(zip(HISTORY, (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy,
-                                              round(time.monotonic() - progress.start, 2)))))
+                                              round(time.monotonic() - start, 2)))))
             say(f"epoch {epoch:2}/{args.epochs}  {resolution_at(epoch, args)} pixels  train loss {train_loss:.3f}, accuracy "
                 f"{train_accuracy:6.2%}  validation loss {val_loss:.3f}, accuracy {val_accuracy:6.2%}  "
                 f"{history[-1]['seconds']:.0f} s", flush=True)
@@ -545,20 +540,23 @@ def run(args, checkpoint):
         if world_size > 1:
             dist.destroy_process_group()
         if rank == 0:
-            finish(folder, args, network, dataset, val, history, device, device_name, dtype)
+            finish(folder, args, network, dataset, val, history, device, device_name, dtype, progress)
     except KeyboardInterrupt:
         say(f"\nstopped; to go on: python train.py --resume {folder}", file=sys.stderr)
         raise
 
 
-def finish(folder, args, network, dataset, val, history, device, device_name, dtype):
+def finish(folder, args, network, dataset, val, history, device, device_name, dtype, progress):
     """The pictures and the report of a run whose last epoch is over."""
     batches = data.Batches(dataset, val, 1000, device, augment=False)
-    _, _, predicted, confidence = evaluate(network, batches, args.resolutions[-1], dtype)
+    _, _, predicted, confidence = evaluate(network, batches, args.resolutions[-1], dtype, progress)
     write_history(history, folder / "history.csv")
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
-    write_report(folder, args, dataset, val, predicted, history, device_name, dtype)
+    gradcam.draw_misclassified(network, dataset, val, args.resolutions[-1], device, folder / "gradcam.png")
+    some = val if device.type == "cuda" else val[torch.randperm(len(val))[:1000]]  # a CPU would take minutes for all
+    table = gradcam.evaluate(network, dataset, some, args.resolutions[-1], device)
+    write_report(folder, args, dataset, val, predicted, history, device_name, dtype, table)
     print(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
 
 
@@ -572,7 +570,7 @@ def main():
     try:
         args, checkpoint = parse_arguments()
         run(args, checkpoint)
-    except (UsageError, data.DataError, ValueError) as error:
+    except (UsageError, data.DataError, ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
