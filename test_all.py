@@ -10,6 +10,7 @@ brute-force search. The data is made here: shapes, and a Tiny ImageNet of a few 
 import contextlib
 import csv
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -35,10 +37,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, resize
 
+import coco_analysis
 import data
+import gradcam
 import model
 import train
+from kmeans import iou, kmeans
 
 HERE = Path(__file__).parent
 
@@ -508,7 +514,7 @@ class Training(InFolder):
         dataset = data.shapes(per_class=160)
         some = torch.where((dataset.labels == 0) | (dataset.labels == 6))[0]  # circles and bars
         part, rest = some[:240], some[240:]
-        args = mock.Mock(epochs=5, resolutions=[20], max_lr=0.02, label_smoothing=0.1)
+        args = mock.Mock(epochs=8, resolutions=[32], max_lr=0.05, label_smoothing=0.1)
         torch.manual_seed(0)
         network = model.create("resnet18", 10, stem_stride=4)
         optimizer, scaler = train.make_optimizer(network, 5e-4), torch.amp.GradScaler("cpu", enabled=False)
@@ -517,11 +523,11 @@ class Training(InFolder):
         for epoch in range(1, args.epochs + 1):
             train.train_epoch(network, batches, optimizer, scaler, torch.float32, args, epoch, progress)
         loss, accuracy, predicted, confidence = train.evaluate(
-            network, data.Batches(dataset, rest, 50, "cpu", False), 20, torch.float32, progress)
-        self.assertGreater(accuracy, 0.75)  # chance: 0.5
+            network, data.Batches(dataset, rest, 50, "cpu", False), 32, torch.float32, progress)
+        self.assertGreater(accuracy, 0.8)  # chance: 0.5
         self.assertEqual(accuracy, (predicted == dataset.labels[rest]).float().mean().item())
         with torch.no_grad():
-            logits = network(data.prepare(dataset.images[rest], 20))
+            logits = network(data.prepare(dataset.images[rest], 32))
         self.assertAlmostEqual(loss, F.cross_entropy(logits, dataset.labels[rest]).item(), places=4)
         self.assertTrue(torch.allclose(confidence, logits.softmax(dim=1).max(dim=1).values, atol=1e-4))
 
@@ -534,7 +540,7 @@ class Training(InFolder):
         self.assertSameRun("runs/tiny-imagenet-resnet18", "runs/tiny-imagenet-resnet18-2")
         folder = Path(folder)
         self.assertEqual([row["epoch"] for row in history(folder)], ["1", "2"])
-        self.assertEqual(tuple(csv.DictReader(open(folder / "history.csv")).fieldnames), train.HISTORY)
+        self.assertEqual((folder / "history.csv").read_text().splitlines()[0], ",".join(train.HISTORY))
         report = (folder / "report.md").read_text()
         last = model.load_checkpoint(folder / "last.pt")["history"][-1]
         self.assertIn(f"**{last['val_accuracy']:.2%} validation accuracy** after 2 epochs", report)
@@ -603,6 +609,520 @@ class Training(InFolder):
             with self.assertRaisesRegex(train.UsageError, "whole/last.pt.*No space left"):
                 train.save(Path("whole/last.pt"), {})
         self.assertEqual(Path("whole/last.pt").read_bytes(), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grad-CAM
+
+LAYERS = ["layer1", "layer2", "layer3", "layer4"]
+
+
+def resnet():
+    """With random BatchNorms, so that nothing in it is zero, one or the same for all channels, as in a fresh network."""
+    torch.manual_seed(0)
+    network = model.ResNet18(10, stem_stride=4).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                torch.nn.init.normal_(tensor, std=0.2)
+    return network
+
+
+def pictures(count=3, side=48, seed=1):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def scaled(cam):
+    cam = cam - cam.amin((1, 2), keepdim=True)
+    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-30)
+
+
+class GradCamFormula(unittest.TestCase):
+    def test_last_layer_of_a_network_with_a_linear_head_gives_cam(self):
+        """Zhou et al. 2016: there Grad-CAM is the class's weights times the activations, rectified; no gradient needed."""
+        network, images, classes = resnet(), pictures(), torch.tensor([0, 7, 3])
+        with torch.no_grad():
+            x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+            features = network.layer4(network.layer3(network.layer2(network.layer1(x))))
+            cam = (network.fc.weight[classes][:, :, None, None] * features).sum(1).relu()
+            expected = scaled(F.interpolate(cam[:, None], (48, 48), mode="bilinear")[:, 0])
+        torch.testing.assert_close(gradcam.GradCAM(network, ["layer4"])(images, classes)["layer4"], expected, atol=1e-5, rtol=0)
+
+    def test_weights_are_what_finite_differences_say_the_score_gains(self):
+        """In float64: strengthen one feature map of layer2 a little at every position, and see what the score gains."""
+        network, image, step = resnet().double(), pictures(1, 32).double(), 1e-6
+        with torch.no_grad():
+            features = network.layer2(network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(image))))))
+            bump = step * torch.eye(128, dtype=torch.float64)[:, :, None, None]  # in the i-th image in the i-th channel
+            up, down = (network.fc(network.avgpool(network.layer4(network.layer3(features + sign * bump))).flatten(1))
+                        for sign in (1, -1))
+            cam = torch.einsum("c,chw->hw", (up - down)[:, 4], features[0]).relu()
+        expected = scaled(F.interpolate(cam[None, None], (32, 32), mode="bilinear")[:, 0])
+        actual = gradcam.GradCAM(network, ["layer2"])(image, torch.tensor([4]))["layer2"]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+    def test_torchvisions_network_gives_the_same_maps_as_ours_with_its_weights(self):
+        ours, theirs = resnet(), torchvision.models.resnet18(num_classes=10).eval()
+        theirs.load_state_dict(ours.state_dict())
+        names = ["conv1", "bn1", "layer1", "layer3.1.conv2", "layer4"]  # an inplace ReLU follows bn1
+        for name, maps in gradcam.GradCAM(theirs, names)(pictures()).items():
+            torch.testing.assert_close(maps, gradcam.GradCAM(ours, [name])(pictures())[name], atol=1e-5, rtol=0)
+            self.assertEqual(maps.shape, (3, 48, 48))
+
+    def test_a_layer_before_an_inplace_relu_is_seen_as_it_was(self):
+        def network(inplace):
+            torch.manual_seed(0)
+            return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(inplace), torch.nn.Conv2d(8, 5, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        torch.testing.assert_close(gradcam.GradCAM(network(True), ["0"])(pictures())["0"], gradcam.GradCAM(network(False), ["0"])(pictures())["0"])
+
+    def test_the_predicted_class_is_explained_unless_another_is_asked_for(self):
+        network, images = resnet(), pictures(4)
+        cam = gradcam.GradCAM(network, LAYERS)
+        default = cam(images)
+        with torch.no_grad():
+            logits = network(images)
+        torch.testing.assert_close(cam.logits, logits)
+        predicted, other = logits.argmax(1), logits.argmin(1)
+        torch.testing.assert_close(default, cam(images, predicted))
+        self.assertFalse(torch.allclose(default["layer4"], cam(images, other)["layer4"], atol=0.1))
+
+    def test_maps_fill_zero_to_one(self):
+        for maps in gradcam.GradCAM(resnet(), LAYERS)(pictures()).values():
+            self.assertEqual(maps.amin((1, 2)).tolist(), [0, 0, 0])
+            self.assertEqual(maps.amax((1, 2)).tolist(), [1, 1, 1])
+        flat = gradcam.GradCAM(resnet(), ["layer4"])(pictures(9, 32), torch.arange(9))["layer4"]  # one position: nothing to compare
+        self.assertEqual(flat.abs().max(), 0)
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        network[2].weight.data.fill_(-1)  # nothing speaks for either class: no division of zero by zero
+        self.assertEqual(gradcam.GradCAM(network, ["1"])(pictures())["1"].abs().max(), 0)
+
+
+class GradCamAnywhere(unittest.TestCase):
+    def setUp(self):
+        self.images, self.classes = pictures(), torch.tensor([1, 2, 3])
+        self.expected = gradcam.GradCAM(resnet(), LAYERS)(self.images, self.classes)
+
+    def check(self, network, images=None):
+        actual = gradcam.GradCAM(network, LAYERS)(self.images if images is None else images, self.classes)
+        torch.testing.assert_close(actual, self.expected, atol=1e-5, rtol=0)
+
+    def test_frozen_weights(self):
+        self.check(resnet().requires_grad_(False))
+
+    def test_inside_no_grad_and_inference_mode(self):
+        with torch.no_grad():
+            self.check(resnet())
+            self.check(resnet().requires_grad_(False))
+        with torch.inference_mode():
+            images = self.images + 0
+        network = resnet()
+        self.check(network, images)
+        with torch.inference_mode():
+            self.check(network, images)
+
+    def test_train_mode(self):
+        self.check(resnet().train())
+
+    def test_distributed_data_parallel(self):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            self.check(torch.nn.parallel.DistributedDataParallel(resnet()))
+            self.check(torch.compile(torch.nn.parallel.DistributedDataParallel(resnet()), backend="eager"))
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def test_compiled_networks(self):
+        self.check(torch.compile(resnet(), backend="eager"))
+        network = resnet()
+        network.compile(backend="eager")
+        with torch.no_grad():
+            network(self.images)  # compiled without hooks, as it has been at the end of a training
+        self.check(network)
+
+    def test_no_image_changes_the_map_of_another(self):
+        for mode in (True, False):
+            cam, images = gradcam.GradCAM(resnet().double().train(mode), LAYERS), self.images.double()
+            together = cam(images, self.classes)
+            for i in range(3):
+                alone = cam(images[i:i + 1], self.classes[i:i + 1])
+                for name in LAYERS:
+                    torch.testing.assert_close(together[name][i:i + 1], alone[name], atol=1e-9, rtol=0)
+
+    def test_leaves_no_trace_also_after_an_exception(self):
+        network = resnet().train()
+        network.layer2.eval()
+        network.layer1.requires_grad_(False)
+        network.fc.weight.grad = torch.ones_like(network.fc.weight)
+        images = self.images.requires_grad_()
+
+        def trace():
+            tensors = [*network.state_dict().values(), network.fc.weight.grad]
+            return ([(name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+                     for name, m in network.named_modules()],
+                    [(name, p.requires_grad, p.grad is None) for name, p in network.named_parameters()],
+                    images.grad, [hash(tensor.numpy().tobytes()) for tensor in tensors])
+
+        before = trace()
+        for call in (lambda: gradcam.GradCAM(network, LAYERS)(images), lambda: gradcam.GradCAM(network, LAYERS)(images, torch.tensor([99] * 3)),
+                     lambda: gradcam.GradCAM(network, LAYERS)(torch.zeros(2, 5, 64, 64)), lambda: gradcam.GradCAM(network, ["layer1", "fc"])(images)):
+            with contextlib.suppress(Exception):
+                call()
+            self.assertEqual(trace(), before)
+
+    def test_layers_that_are_not_there_or_yield_no_maps_are_named(self):
+        with self.assertRaisesRegex(ValueError, r"'layer5'.*conv1.*layer1.*layer4\.1\.bn2.*fc"):
+            gradcam.GradCAM(resnet(), ["layer1", "layer5"])
+        with self.assertRaisesRegex(ValueError, "'fc'.*no feature maps"):
+            gradcam.GradCAM(resnet(), ["fc"])(self.images)
+        network = resnet()
+        network.spare = torch.nn.Conv2d(3, 3, 1)
+        with self.assertRaisesRegex(ValueError, "does not use.*'spare'"):
+            gradcam.GradCAM(network, ["spare"])(self.images)
+
+
+class GradCamMeasures(unittest.TestCase):
+    def test_measures_equal_a_count_pixel_by_pixel(self):
+        rng = np.random.default_rng(0)
+        maps = rng.integers(0, 4, (30, 9, 12)).astype(np.float32)  # small numbers: many pixels share the maximum
+        maps[0] = 0
+        corners = np.sort(rng.integers(0, 9, (30, 2, 2)), axis=1)
+        boxes = np.concatenate([corners[:, 0], corners[:, 1] + 1], axis=1)
+        for heat, (x0, y0, x1, y1), (pointing, energy) in zip(
+                maps, boxes, gradcam.measure(torch.tensor(maps), torch.tensor(boxes)).tolist()):
+            cells = [(heat[y, x], y0 <= y < y1 and x0 <= x < x1) for y in range(9) for x in range(12)]
+            hits = [inside for value, inside in cells if value == max(cells)[0]]
+            self.assertAlmostEqual(pointing, sum(hits) / len(hits), places=5)
+            total = sum(value for value, _ in cells)
+            share = sum(value for value, inside in cells if inside) / total if total else (y1 - y0) * (x1 - x0) / 108
+            self.assertAlmostEqual(energy, share, places=5)
+
+    def test_a_network_that_finds_the_bright_spot_is_given_full_marks(self):
+        """Dark images with one bright square each, the box around it, and a network that adds up brightness."""
+        torch.manual_seed(0)
+        count, images, corner = 40, torch.zeros(40, 3, 64, 64, dtype=torch.uint8), torch.randint(0, 48, (40, 2))
+        for image, (x, y) in zip(images, corner.tolist()):
+            image[:, y:y + 16, x:x + 16] = 255
+        labels = torch.arange(count) % 2  # the network says 0, always
+        dataset = data.Dataset("dots", images, labels, torch.cat([corner, corner + 16], 1), labels == 0, ["a", "b"], ["a", "b"])
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        network[0].weight.data[:], network[0].bias.data[:] = torch.tensor([1.0, 0.5])[:, None, None, None], 0.0
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            text = gradcam.evaluate(network, dataset, torch.arange(count), 64, "cpu", ["1"], batch_size=7)
+        self.assertIn("40 validation images, 20 of them predicted correctly, 20 wrongly", text)
+        self.assertIn("40 of 40 images", log.getvalue())
+        self.assertLessEqual(len(log.getvalue().splitlines()), 10)
+        rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in text.splitlines() if "|" in line}
+        self.assertEqual(rows["1"], ["100.0"] * 6)
+        self.assertEqual(rows["chance: a flat map"], [f"{100 / 16:.1f}"] * 6)
+        middle = ((corner <= 31) & (corner + 16 > 32)).all(1).float()
+        self.assertAlmostEqual(float(rows["a point at the centre"][0]), 100 * middle.mean().item(), delta=2.6)
+
+
+class GradCamCommand(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.temporary = tempfile.TemporaryDirectory()
+        cls.folder = Path(cls.temporary.name)
+        cls.dataset = data.shapes(0, per_class=10)
+        torch.manual_seed(0)
+        cls.checkpoint = {"config": {"dataset": "shapes", "data_dir": "data", "split": "70-30", "model": "resnet18",
+                                     "stem_stride": 4, "resolutions": [16, 32], "seed": 0},
+                          "classes": cls.dataset.class_names, "model": resnet().state_dict(), "epoch": 1, "history": []}
+        torch.save(cls.checkpoint, cls.folder / "last.pt")
+        rng = np.random.default_rng(0)
+        cls.pixels = rng.integers(0, 255, (8, 8, 3), np.uint8).repeat(12, 0).repeat(12, 1)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.temporary.cleanup()
+
+    def command(self, *arguments):
+        """Runs gradcam.py in this process -> (exit code, stdout, stderr)."""
+        with mock.patch.object(data, "load", lambda *_: self.dataset):
+            return call(gradcam, *arguments)
+
+    def test_the_grid_has_a_row_per_layer_and_a_column_per_image(self):
+        with mock.patch.object(gradcam, "draw", wraps=gradcam.draw) as draw:
+            self.assertEqual(self.command(self.folder)[0], 0)
+            self.assertEqual(self.command(self.folder, "--target", "actual", "--layers", "layer2,layer4.0.conv1")[0], 0)
+        (images, maps, titles, *_), (images_again, others, *_) = (call.args for call in draw.call_args_list)
+        self.assertTrue(torch.equal(images, images_again))
+        self.assertEqual([list(maps), list(others)], [LAYERS, ["layer2", "layer4.0.conv1"]])
+        self.assertFalse(torch.allclose(maps["layer2"], others["layer2"]))
+        for text in titles:
+            predicted, actual = text.split("\n")
+            self.assertNotEqual(predicted.removeprefix("predicted: "), actual.removeprefix("actual: "))
+        for name in ("gradcam.png", "gradcam-actual.png"):
+            with Image.open(self.folder / name) as picture:
+                self.assertEqual(picture.format, "PNG")
+
+    def test_titles_do_not_overlap(self):
+        """Long names are wrapped: measured on the drawn picture, no title reaches into another or out of the figure."""
+        import matplotlib.pyplot as plt
+        title = gradcam.title("predicted: Walker hound, Walker foxhound, $\\frac antelope of the dunes", "actual: " + "Donau" * 40)
+        with mock.patch.object(plt, "close"):
+            gradcam.draw(self.dataset.images[:6], {"layer1": torch.rand(6, 64, 64)}, [title] * 6, "heading", self.folder / "t.png")
+        figure = plt.gcf()
+        boxes = [axis.title.get_window_extent() for axis in figure.axes if axis.get_title()]
+        boxes += [text.get_window_extent() for text in figure.texts]
+        self.assertEqual(len(boxes), 6 + 3)
+        for i, one in enumerate(boxes):
+            self.assertTrue(one.x0 >= 0 and one.x1 <= figure.bbox.x1 and one.y1 <= figure.bbox.y1, one)
+            self.assertFalse(any(one.overlaps(other) for other in boxes[:i]))
+        plt.close(figure)
+
+    def test_pictures_of_every_kind_are_read_alike(self):
+        """One picture in many guises: all give what torchvision's resize and centre crop give of the plain one."""
+        plain = Image.fromarray(self.pixels)
+        grey = plain.convert("L")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was held sideways: turn by 90 degrees clockwise
+        guises = {"plain.png": (plain, {}), "rgba.png": (plain.convert("RGBA"), {}), "exif.png": (plain.rotate(90), {"exif": exif}),
+                  "large.png": (plain.resize((960, 960), 0), {}), "still.webp": (plain, {"lossless": True}),
+                  "moving.png": (plain, {"save_all": True, "append_images": [grey.convert("RGB")]})}
+        greys = {"grey.png": (grey, {}), "grey16.png": (Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), {}),
+                 "grey-alpha.png": (grey.convert("LA"), {}), "palette.gif": (grey.convert("P"), {})}
+        for expected, group in ((plain, guises), (grey.convert("RGB"), greys)):
+            resized = pil_to_tensor(resize(expected, 64)).int()
+            for name, (picture, options) in group.items():
+                picture.save(self.folder / name, **options)
+                self.assertLessEqual((gradcam.read_picture(self.folder / name) - resized).abs().max(), 8, name)
+        wide = plain.resize((288, 96))
+        wide.save(self.folder / "wide.png")
+        middle = wide.crop((96, 0, 192, 96)).resize((64, 64), Image.Resampling.BILINEAR)
+        off = gradcam.read_picture(self.folder / "wide.png") - pil_to_tensor(middle).float()
+        self.assertLess(off.abs().mean(), 1)
+        Image.new("RGBA", (1, 1), (255, 0, 0, 0)).save(self.folder / "clear.png")
+        self.assertEqual(gradcam.read_picture(self.folder / "clear.png").min(), 255)
+
+    def test_own_pictures_get_their_five_likeliest_classes(self):
+        Image.fromarray(self.pixels).save(self.folder / "own.png")
+        code, out, err = self.command(self.folder, "--layers", "layer3", self.folder / "own.png")
+        self.assertEqual((code, err), (0, ""))
+        square = gradcam.read_picture(self.folder / "own.png")[None]
+        with torch.no_grad():
+            best = model.restore(self.checkpoint, "").eval()(data.prepare(square, 32)).softmax(1)[0].topk(5)
+        expected = [f"{100 * p:7.1f} %  {self.dataset.class_names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist())]
+        self.assertEqual(out.splitlines()[1:6], expected)
+        self.assertTrue((self.folder / "pictures.png").exists())
+
+    def test_bad_input_is_one_line_that_names_the_file(self):
+        (self.folder / "notes.txt").write_text("not\na picture")
+        Image.fromarray(self.pixels).save(self.folder / "whole.png")
+        (self.folder / "half.png").write_bytes((self.folder / "whole.png").read_bytes()[:300])
+        cases = [(self.folder / name, [self.folder, self.folder / name]) for name in ("notes.txt", "half.png", "missing.jpg", ".")]
+        cases += [(self.folder / "no" / "last.pt", [self.folder / "no"]), ("layer9", [self.folder, "--layers", "layer9"]),
+                  ("warp", [self.folder, "--device", "warp"]), (self.folder / "no", [self.folder, "--out", self.folder / "no" / "x.png"])]
+        for name, arguments in cases:
+            code, out, err = self.command(*arguments)
+            self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
+            self.assertTrue(err.startswith("gradcam.py: ") and str(name) in err, err)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Anchors and annotation files
+
+
+def made_boxes(n=500, seed=0):
+    """Widths and heights around four shapes."""
+    rng = np.random.default_rng(seed)
+    return np.array([[20, 30], [60, 40], [150, 200], [300, 120]])[rng.integers(0, 4, n)] * np.exp(rng.normal(0, 0.3, (n, 2)))
+
+
+def made_coco(images=20, boxes=200, classes=3, seed=0):
+    """A COCO file as a dictionary, keys in COCO's own order, with polygons and a crowd."""
+    rng = random.Random(seed)
+    annotations = []
+    for i in range(boxes):
+        w, h = rng.uniform(20, 300), rng.uniform(20, 200)
+        x, y = round(rng.uniform(0, 640 - w), 2), round(rng.uniform(0, 480 - h), 2)
+        polygon = {"counts": [1, 2], "size": [480, 640]} if i == 0 else [[x, y, x + w, y, x + w, y + h], [1.5, 2]]
+        annotations.append({"segmentation": polygon, "area": w * h, "iscrowd": int(i == 0), "image_id": 100 + i % images,
+                            "bbox": [x, y, round(w, 2), round(h, 2)], "category_id": 1 + rng.randrange(classes), "id": i})
+    return {"info": {"note": '"segmentation": [[ {]} \\'}, "annotations": annotations,
+            "images": [{"id": 100 + i, "width": 640, "height": 480} for i in range(images)],
+            "categories": [{"id": 1 + c, "name": f"class {c}"} for c in range(classes)]}
+
+
+class Anchors(unittest.TestCase):
+    def test_iou_equals_counted_pixels(self):
+        rng = np.random.default_rng(1)
+        boxes, anchors = rng.integers(1, 20, (30, 2)), rng.integers(1, 20, (4, 2))
+        canvas = lambda box: np.pad(np.ones((box[1], box[0]), bool), ((0, 20 - box[1]), (0, 20 - box[0])))
+        counted = [[(canvas(b) & canvas(a)).sum() / (canvas(b) | canvas(a)).sum() for a in anchors] for b in boxes]
+        np.testing.assert_allclose(iou(boxes.astype(float), anchors.astype(float)), counted, rtol=1e-12)
+
+    def test_anchors_are_as_good_as_an_exhaustive_search(self):
+        """k = 2 on a few boxes: all pairs of anchors on a fine grid of sizes are tried."""
+        boxes = made_boxes(25, seed=3)
+        grid = np.stack(np.meshgrid(*[np.geomspace(10, 500, 60)] * 2), -1).reshape(-1, 2)
+        scores = iou(boxes, grid)                                                    # (25, 3600)
+        best = max(np.maximum(scores[:, [i]], scores).mean(axis=0).max() for i in range(0, len(grid)))
+        for seed in range(3):
+            self.assertGreater(kmeans(boxes, 2, seed)[1], best - 5e-4)
+
+    def test_no_anchor_can_be_bettered_and_seeds_agree(self):
+        boxes, rng = made_boxes(2000), np.random.default_rng(0)
+        found = [kmeans(boxes, 5, seed) for seed in range(3)]
+        self.assertLess(max(score for _, score in found) - min(score for _, score in found), 5e-4)
+        anchors, score = found[0]
+        self.assertAlmostEqual(score, iou(boxes, anchors).max(axis=1).mean(), places=9)
+        for size in (0.01, 0.05, 0.3) * 60:
+            moved = anchors * np.exp(rng.normal(0, size, anchors.shape) * (rng.random((5, 1)) < 0.4))
+            self.assertLess(iou(boxes, moved).max(axis=1).mean(), score + 2e-5)
+        self.assertTrue((np.diff(anchors.prod(axis=1)) >= 0).all())
+
+    def test_extreme_boxes_end_in_finite_anchors(self):
+        rng = np.random.default_rng(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for trial in range(60):
+                boxes = np.exp(rng.normal(0, rng.choice([0, 0.1, 1, 7]), (rng.integers(3, 200), 2))) * [1, 10.0 ** rng.integers(-6, 7)]
+                k = min(int(rng.integers(1, 6)), len(np.unique(boxes, axis=0)))
+                anchors, score = kmeans(boxes[rng.integers(0, len(boxes), 400)] if trial % 3 == 0 and k == 1 else boxes, k, trial)
+                self.assertTrue(np.isfinite(anchors).all() and anchors.min() > 0 and 0 < score <= 1 + 1e-12)
+
+    def test_bad_rows_are_named(self):
+        for value in (np.nan, np.inf, 0, -1):
+            boxes = made_boxes(10)
+            boxes[7, 1] = value
+            with self.assertRaisesRegex(ValueError, "row 7"):
+                kmeans(boxes, 3)
+        with self.assertRaisesRegex(ValueError, "2 different boxes"):
+            kmeans([[1, 2], [3, 4], [1, 2]], 3)
+
+
+class Analysis(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def write(self, content, name="file.json"):
+        content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        (self.folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return self.folder / name
+
+    def run_main(self, path, *options):
+        """Runs the command in this process; any warning is an error. Returns exit code, stdout, stderr."""
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with mock.patch.object(sys, "argv", ["coco_analysis.py", str(path), "--out", str(self.folder / "out"), *options]):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                try:
+                    coco_analysis.main()
+                except SystemExit as error:
+                    code = error.code
+        return code, out.getvalue(), err.getvalue()
+
+    def without_pictures(self):
+        for name in [name for name in dir(coco_analysis) if name.startswith("draw_")]:
+            patch = mock.patch.object(coco_analysis, name)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_the_stream_reads_what_json_reads(self):
+        """The window of the reader, here of 50 characters, gives the same columns as json.load, however the file is laid out."""
+        whole = made_coco(boxes=40)
+        wanted = np.array([a["bbox"] for a in whole["annotations"]])
+        layouts = [json.dumps(whole), json.dumps(whole, indent=2), json.dumps(whole, separators=(",", ":")), json.dumps(whole, sort_keys=True)]
+        contents = [layout.encode() for layout in layouts]
+        contents += [b"\xef\xbb\xbf" + contents[0], layouts[0].encode("utf-16"), gzip.compress(contents[0]),
+                     layouts[1].replace("\n", "\r\n").encode()]
+        for content in contents:
+            with mock.patch.object(coco_analysis, "WINDOW", 50):
+                data = coco_analysis.Data(self.write(content))
+            np.testing.assert_array_equal(data.bbox, wanted)
+            self.assertEqual(data.crowd.tolist(), [a["iscrowd"] == 1 for a in whole["annotations"]])
+            self.assertEqual([list(data.classes)[c] for c in data.class_row], [a["category_id"] for a in whole["annotations"]])
+            self.assertEqual([list(data.images)[i] for i in data.image_row], [a["image_id"] for a in whole["annotations"]])
+
+    def test_every_reading_of_bbox_is_recognised(self):
+        rng = np.random.default_rng(0)
+        size = rng.integers(200, 1200, (2000, 2)).astype(float)
+        wh = size * rng.uniform(0.02, 0.7, (2000, 2))
+        x, y, w, h = *(rng.uniform(0, 1, (2000, 2)) * (size - wh)).T, *wh.T
+        written = {"xywh": (x, y, w, h), "yxwh": (y, x, w, h), "xyxy": (x, y, x + w, y + h), "yxyx": (y, x, y + h, x + w),
+                   "cxcywh": (x + w / 2, y + h / 2, w, h)}
+        for reading, numbers in written.items():
+            shares, best = coco_analysis.try_readings(np.stack(numbers, 1), size)
+            self.assertEqual((best, shares[best]), (reading, 1.0))
+            scale = (size[:, ::-1] if reading.startswith("y") else size)
+            scale = np.hstack([scale, size if reading.endswith("wh") else scale])
+            best = coco_analysis.try_readings(np.stack(numbers, 1) / scale, size)[1]          # x1 y1 x2 y2 and y1 x1 y2 x2: a true tie
+            self.assertEqual(best, reading.replace("yxyx", "xyxy") + "-fraction")
+
+    def test_the_report_counts_what_is_there(self):
+        whole = made_coco()
+        whole["annotations"] += [dict(whole["annotations"][1], id=900), dict(whole["annotations"][2], image_id=999),
+                                 dict(whole["annotations"][3], bbox=[1, 2, 0, 4]), dict(whole["annotations"][4], bbox=[float("nan")] * 4)]
+        whole["categories"].append({"id": 7, "name": "=$a|b\n狗" + "x" * 200})
+        code, out, err = self.run_main(self.write(whole))
+        self.assertEqual((code, err), (0, ""))
+        for line in ("1 boxes without area: annotations[202]", "1 boxes with NaN", "1 boxes that repeat an earlier one", "1 crowds",
+                     "1 annotations whose image does not exist", "1 classes without annotations"):
+            self.assertIn(line, out)
+        names = ["anchors.json", "anchors.png", "anchors_iou.png", "bbox_distribution.png", "bbox_wh.png", "class_distribution.csv",
+                 "class_distribution.png", "report.md"]
+        self.assertEqual(sorted(os.listdir(self.folder / "out")), names)
+        rows = {row["id"]: row for row in csv.DictReader(io.StringIO((self.folder / "out" / "class_distribution.csv").read_text("utf-8")))}
+        for key in "123":
+            mine = [a for a in whole["annotations"] if a["category_id"] == int(key)]
+            self.assertEqual(int(rows[key]["boxes"]), sum(not a["iscrowd"] for a in mine))
+            self.assertEqual(int(rows[key]["images"]), len({a["image_id"] for a in mine}))
+        self.assertTrue(rows["7"]["name"].startswith("'="))
+        anchors = json.loads((self.folder / "out" / "anchors.json").read_text())["anchors"]
+        self.assertEqual([len(anchors[k]["width_height"]) for k in "3456"], [3, 4, 5, 6])
+
+    def test_the_assignments_text_file_is_understood(self):
+        rng = random.Random(0)
+        lines = []
+        for _ in range(300):
+            width, height = rng.randint(300, 1200), rng.randint(300, 1000)
+            w, h = rng.randint(20, width // 2), rng.randint(20, height // 2)
+            lines.append(f"id: {rng.randrange(80)}, height: {height}, width: {width}, bbox:[{rng.randint(0, height - h)}, "
+                         f"{rng.randint(0, width - w)}, {w}, {h}],")
+        self.without_pictures()
+        code, out, err = self.run_main(self.write("\n".join(lines), "boxes.txt"))
+        self.assertEqual((code, err), (0, ""))
+        self.assertIn("bbox is [y, x, width, height]: 100.0%", out)
+        self.assertIn("COCO's names are **assumed**", (self.folder / "out" / "report.md").read_text())
+
+    def test_bad_files_get_one_line_and_no_report(self):
+        good = json.dumps(made_coco(boxes=20))
+        bad = {"": "no annotations", "hello": "line 1", good[:900]: "cut off", good.replace('"bbox"', '"box"'): "no 'bbox'",
+               good.replace('"bbox": [', '"bbox": ["x", ', 1): "annotations[0]", good.replace(', "id": 3}', ' "id": 3}'): "annotations[3]",
+               '{"annotations": []}': "no annotations", '{"a": 1}': "another kind", "[" * 100000: "nested", '{"annotations": {}}': "no list",
+               '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]': "four numbers", "[1]": "no object", "\x00\xff": "line 1",
+               good + "x": "behind the end", good.replace('"annotations": [', '"annotations": [' + "9" * 5000 + ","): "limit"}
+        for content, message in bad.items():
+            code, out, err = self.run_main(self.write(content))
+            self.assertEqual((code, out, err.count("\n")), (2, "", 1), content[:50])
+            self.assertIn(message, err)
+        code, _, err = self.run_main(self.folder)
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        (self.folder / "out").write_text("mine")
+        self.assertEqual(self.run_main(self.write(good))[0], 2)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["file.json", "out"])
+        self.assertEqual((self.folder / "out").read_text(), "mine")
+
+    def test_mutated_files_never_end_in_a_traceback(self):
+        self.without_pictures()
+        rng, good = random.Random(0), json.dumps(made_coco(images=4, boxes=12)).encode()
+        odd = [b"1e400", b"NaN", b"-Infinity", b"null", b"true", b'"12"', b"[]", b"{}", b"-0", b"9" * 400, b'"\\ud800"', b"[[[", b"\xff", b"}", b","]
+        for _ in range(150):
+            at = rng.randrange(len(good))
+            code, _, err = self.run_main(self.write(good[:at] + rng.choice(odd) + good[at + rng.randrange(12):]), "--k", "2")
+            self.assertIn((code, err.count("\n")), [(0, 0), (2, 1)])
+
+    def test_the_command_works_from_a_shell(self):
+        path = self.write(made_coco())
+        done = subprocess.run([sys.executable, coco_analysis.__file__, path.name, "--k", "2", "--resize", "letterbox"], cwd=self.folder,
+                              capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertTrue((self.folder / "analysis" / "file" / "report.md").exists())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,360 @@
+"""Grad-CAM: which part of an image spoke for a class, as a picture, and measured against the objects' boxes.
+
+    python gradcam.py runs/shapes-resnet18                      # draws validation images that the network gets wrong
+    python gradcam.py runs/shapes-resnet18 --target actual      # the same ones: what spoke for the right class?
+    python gradcam.py runs/tiny-imagenet-resnet18 cat.jpg       # your own pictures, of any size
+    python gradcam.py runs/tiny-imagenet-resnet18 --evaluate    # are the maps on the objects?
+
+The first two write gradcam.png and gradcam-actual.png into the run's folder; the third prints the five likeliest
+classes of each picture and writes pictures.png. The last prints a line for each layer: how often the map's maximum is
+in the object's box, and how much of the map, beside what a map gets that has not looked at the image. For the 33,000
+images of Tiny ImageNet one core of a CPU needs a quarter of an hour.
+
+Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) asks a layer's feature maps: had you been a little stronger, how much
+would the score of the class have grown? That gradient, averaged over positions, is the weight of a map; the weighted
+sum of the maps, where it is positive, is what spoke for the class. Late layers have seen whole objects but are coarse,
+early ones are sharp but know edges and colours only.
+"""
+import argparse
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
+import data
+import model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grad-CAM
+
+
+class GradCAM:
+    """maps = GradCAM(network, ["layer3", "layer4"])(images, classes)
+
+    layers: names as in network.named_modules(), or None for all of layer1, layer2, ... that there are.
+    images (N, 3, H, W) float, classes (N,) int64 or None for the predicted ones -> {layer: maps (N, H, W) in [0, 1]},
+    each map 0 at its minimum and 1 at its maximum; one that is flat, since nothing spoke for the class, is 0. size, a
+    pair, asks for maps of another size than the images. `logits` (N, classes): what the network said in the last call.
+
+    Works on frozen weights, inside no_grad, in any train or eval mode, and leaves no trace of itself in the network.
+    Raises ValueError for a layer that there is not, or that yields no feature maps.
+    """
+
+    def __init__(self, network, layers=None):
+        self.network, self.logits = unwrap(network), None
+        modules = dict(self.network.named_modules(remove_duplicate=False))
+        del modules[""]  # the network itself
+        if layers is None:
+            layers = [name for name, _ in self.network.named_children() if name.startswith("layer")]
+        for name in layers:
+            if name not in modules:
+                raise ValueError(f"no layer is called {name!r}; there are {', '.join(modules)}")
+        self.layers = {name: modules[name] for name in layers}
+
+    def __call__(self, images, classes=None, size=None):
+        features = {}  # layer -> (N, C, h, w)
+        modes = [(module, module.training) for module in self.network.modules()]
+        handles = [layer.register_forward_hook(catch(name, features)) for name, layer in self.layers.items()]
+        try:
+            for module, _ in modes:
+                module.training = False  # else BatchNorm mixes the images of a batch, and remembers them
+            # A graph is recorded even if the caller has switched that off, and even if all weights are frozen: it
+            # starts at the image, which is what everything is computed from.
+            with torch.inference_mode(False), torch.enable_grad():
+                # .forward: calling the network itself would run the code that network.compile() made, without hooks.
+                logits = self.network.forward(images.detach().clone().requires_grad_())
+                missing = [name for name in self.layers if name not in features]
+                if missing:
+                    raise ValueError(f"the network does not use its layer {missing[0]!r}")
+                classes = logits.argmax(1) if classes is None else classes.clone()
+                # The sum is no mixture: no image's features reach the score of another. autograd.grad, unlike
+                # backward(), touches no .grad, and it computes no gradients of weights, a third of the work.
+                scores = logits.gather(1, classes[:, None])
+                gradients = torch.autograd.grad(scores.sum(), [features[name] for name in self.layers])
+            self.logits = logits.detach()
+            return {name: combine(features[name].detach(), gradient, size or images.shape[2:])
+                    for name, gradient in zip(self.layers, gradients)}
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, training in modes:
+                module.training = training
+
+
+def combine(features, gradient, size):
+    """The formula itself, and its scaling: a layer's output and the gradient at it, (N, C, h, w) -> maps (N, *size)."""
+    weights = gradient.mean((2, 3))                                        # (N, C)
+    maps = torch.einsum("nc,nchw->nhw", weights, features).relu()          # (N, h, w)
+    # Stretched before, too: else of a flat map, as a 1x1 one is, the rounding errors of interpolate would be stretched.
+    return stretch(F.interpolate(stretch(maps)[:, None], size, mode="bilinear", align_corners=False)[:, 0])
+
+
+def stretch(maps):
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
+def catch(name, features):
+    """A forward hook that keeps a layer's output in features[name].
+
+    Hooks on tensors, not module backward hooks: those hand out views that a later inplace ReLU may not overwrite
+    (https://github.com/pytorch/pytorch/issues/61519). For the same reason the network goes on with a clone: else that
+    ReLU would overwrite what we have caught.
+    """
+    def hook(module, inputs, output):
+        if not isinstance(output, torch.Tensor) or output.dim() != 4:
+            raise ValueError(f"layer {name!r} yields no feature maps (N, C, H, W)")
+        features[name] = output
+        return output.clone()
+    return hook
+
+
+def unwrap(network):
+    """The network inside DistributedDataParallel, DataParallel and torch.compile, in any order."""
+    while True:
+        if isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            network = network.module
+        elif hasattr(network, "_orig_mod"):  # what torch.compile(network) returns
+            network = network._orig_mod
+        else:
+            return network
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measures: is the map on the object?
+
+
+def measure(maps, boxes):
+    """Pointing game and energy in the box of maps (N, H, W) >= 0 and boxes (N, 4): x0, y0, x1, y1 -> (N, 2) in [0, 1].
+
+    Pointing game (Zhang et al. 2016, arXiv:1608.00507): does the map's maximum lie in the box? Where pixels share the
+    maximum, the share of them that does, so that a map that is flat, and points nowhere, gets what chance gets.
+    Energy (Wang et al. 2020, arXiv:1910.01279): how much of the map's sum lies in the box?
+    """
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)                          # each (N, 1)
+    row, column = (torch.arange(side, device=maps.device) for side in maps.shape[1:])
+    inside = ((row >= y0) & (row < y1))[:, :, None] & ((column >= x0) & (column < x1))[:, None, :]
+    top = maps.amax((1, 2), keepdim=True)
+    maps = torch.where(top > 0, maps, torch.ones_like(maps))
+    pointing, energy = ((heat * inside).sum((1, 2)) / heat.sum((1, 2)) for heat in ((maps >= top).float(), maps))
+    return torch.stack((pointing, energy), dim=1)
+
+
+def evaluate(network, dataset, indices, resolution, device, layers=None, target="predicted", batch_size=128):
+    """The table of the measures over the images of indices, as Markdown: a row for each layer, chance and the centre.
+
+    The maps are those of the predicted or of the actual class. Says on stderr how far it is.
+    """
+    cam = GradCAM(network, layers)
+    batches = data.Batches(dataset, indices, batch_size, device, augment=False)
+    boxes = dataset.boxes[indices].to(device)
+    size = dataset.images.shape[2:]  # where the boxes are; the network may have been fed smaller images
+    centre = torch.zeros(1, *size, device=device)  # the centre point is the corner that the middle four pixels share
+    centre[:, size[0] // 2 - 1:size[0] // 2 + 1, size[1] // 2 - 1:size[1] // 2 + 1] = 1
+    scores, correct, start, shown = {}, [], time.perf_counter(), 0
+    for images, labels in batches.epoch(0, resolution):
+        maps = cam(images, labels if target == "actual" else None, size)
+        maps["chance: a flat map"] = torch.ones_like(centre).expand(len(images), -1, -1)
+        maps["a point at the centre"] = centre.expand(len(images), -1, -1)
+        done = sum(map(len, correct))
+        for name, heat in maps.items():
+            scores.setdefault(name, []).append(measure(heat, boxes[done:done + len(images)]).cpu())
+        correct.append((cam.logits.argmax(1) == labels).cpu())
+        shown = progress(done + len(images), len(indices), start, shown)
+    return table({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(correct), target)
+
+
+def progress(done, total, start, shown):
+    """One line that moves on a terminal; in a file, a line for each tenth. Returns which tenth has been shown."""
+    rate = done / (time.perf_counter() - start)
+    line = f"Grad-CAM of {done:,} of {total:,} images, {rate:,.0f} images/s, {(total - done) / rate:,.0f} s to go"
+    if sys.stderr.isatty():
+        print(f"\r{line:70}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif 10 * done // total > shown:
+        print(line, file=sys.stderr)
+    return 10 * done // total
+
+
+def table(scores, correct, target):
+    """Markdown from {row: (N, 2) scores} and which of the N predictions are correct, (N,) bool."""
+    groups = {"all": torch.ones_like(correct), "correct": correct, "wrong": ~correct}
+    lines = [f"Grad-CAM of the {target} class on {len(correct):,} validation images, {correct.sum():,} of them "
+             f"predicted correctly, {(~correct).sum():,} wrongly; in percent:", "",
+             "| maps of | pointing game, all | correct | wrong | energy in box, all | correct | wrong |",
+             "| --- |" + " ---: |" * 6]
+    for name, score in scores.items():
+        cells = [f"{100 * score[group, column].mean():.1f}" if group.any() else "-"
+                 for column in (0, 1) for group in groups.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
+def draw(images, maps, titles, heading, path, boxes=None):
+    """Writes a PNG: a column per image; a row of images (N, 3, H, W) uint8 and one for each layer of maps (N, H, W)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = max(text.count("\n") + 1 for text in titles)
+    cell, left, top = 1.5, 0.8, 0.4 + 0.15 * lines  # inches
+    width, height = left + cell * max(len(images), 4), top + cell * (1 + len(maps))
+    figure = plt.figure(figsize=(width, height))
+    figure.text(0.1 / width, 1 - 0.1 / height, heading, va="top", fontsize=11, parse_math=False)
+    for row, (name, heat) in enumerate({"input": None, **maps}.items()):
+        y = 1 - (top + cell * (row + 1)) / height
+        figure.text(0.1 / width, y + cell / 2 / height, name, va="center", fontsize=9)
+        for column, image in enumerate(images):
+            axis = figure.add_axes(((left + cell * column) / width, y, cell * 0.95 / width, cell * 0.95 / height))
+            axis.axis("off")
+            if heat is not None:  # on grey, so that all colour is the map's
+                axis.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
+                axis.imshow(heat[column].cpu().numpy(), cmap="turbo", vmin=0, vmax=1, alpha=0.5)
+            else:
+                axis.imshow(image.permute(1, 2, 0).numpy())
+                axis.set_title(titles[column], fontsize=8, parse_math=False)
+            if boxes is not None:
+                x0, y0, x1, y1 = (boxes[column] - 0.5).tolist()
+                axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1))
+    try:
+        with data.replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=100)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}: name another file with --out") from error
+    finally:
+        plt.close(figure)
+
+
+def title(*lines):
+    """Lines of text, each wrapped to the width of a column, and cut after three."""
+    return "\n".join("\n".join(textwrap.wrap(line, 20, max_lines=3, placeholder=" ...")) for line in lines)
+
+
+def draw_misclassified(network, dataset, indices, resolution, device, path, layers=None, target="predicted", count=10):
+    """Draws some images of indices that the network gets wrong, with the maps of one class and the objects' boxes.
+
+    The same ones for either target. Where all are right, draws right ones, and the heading says so.
+    """
+    cam = GradCAM(network, layers)
+    order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+    wrong, seen = [], 0
+    cam.network.eval()
+    for images, labels in data.Batches(dataset, order, 128, device, augment=False).epoch(0, resolution):
+        with torch.no_grad():
+            missed = (cam.network(images).argmax(1) != labels).cpu()
+        wrong += order[seen:seen + len(images)][missed].tolist()
+        seen += len(images)
+        if len(wrong) >= count:
+            break
+    chosen = torch.tensor(wrong[:count]) if wrong else order[:count]
+    images, labels = dataset.images[chosen], dataset.labels[chosen]
+    maps = cam(data.prepare(images.to(device), resolution), labels.to(device) if target == "actual" else None,
+               images.shape[2:])
+    names = dataset.class_names
+    titles = [title(f"predicted: {names[predicted]}", f"actual: {names[label]}")
+              for predicted, label in zip(cam.logits.argmax(1).tolist(), labels.tolist())]
+    which = "misclassified images" if wrong else "correctly classified images (none is misclassified)"
+    draw(images, maps, titles, f"Grad-CAM of the {target} class: {which}", path, dataset.boxes[chosen])
+
+
+def read_picture(path):
+    """A picture file of any size and kind -> (3, 64, 64) uint8: of an animation the first frame. Raises ValueError.
+
+    The shorter side becomes 64 pixels and the middle of the longer one is kept: to squash the whole picture into a
+    square would change its shapes, and shapes are what the network has learned. Transparent parts become white.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of pictures above 89 megapixels; above twice that it refuses
+            with Image.open(path) as picture:
+                picture = ImageOps.exif_transpose(picture)
+                if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
+                    picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+                square = ImageOps.fit(picture.convert("RGBA"), (data.SIZE, data.SIZE), Image.Resampling.BILINEAR)
+                white = Image.new("RGBA", square.size, "white")
+                return pil_to_tensor(Image.alpha_composite(white, square).convert("RGB"))
+    except Exception as error:  # each file format is a plugin of Pillow's, with exceptions of its own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a picture that can be read: {' '.join(reason.split())}") from error
+
+
+def draw_pictures(network, files, class_names, resolution, device, path, layers=None):
+    """Prints the five likeliest classes of each picture, and draws the maps of the likeliest."""
+    images = torch.stack([read_picture(file) for file in files])
+    cam = GradCAM(network, layers)
+    maps = cam(data.prepare(images.to(device), resolution), size=images.shape[2:])
+    titles = []
+    for file, probabilities in zip(files, cam.logits.softmax(1)):
+        best = probabilities.topk(min(5, len(class_names)))
+        print(file)
+        for probability, label in zip(best.values.tolist(), best.indices.tolist()):
+            print(f"{100 * probability:7.1f} %  {class_names[label]}")
+        titles.append(title(Path(file).name, f"{class_names[best.indices[0]]}: {100 * best.values[0]:.0f} %"))
+    draw(images, maps, titles, "Grad-CAM of the predicted class", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Shows which part of an image spoke for a class.")
+    parser.add_argument("run", type=Path, help="folder of a run of train.py; its last.pt is taken")
+    parser.add_argument("pictures", nargs="*", help="your own pictures, at most 20, instead of validation images")
+    parser.add_argument("--evaluate", action="store_true", help="measure the maps against the boxes, over the whole "
+                        "validation set")
+    parser.add_argument("--layers", help="by name, as layer3,layer4.1.conv2; by default layer1 and all that follow")
+    parser.add_argument("--target", choices=("predicted", "actual"), default="predicted",
+                        help="the class to explain: the predicted one shows why the network erred, the actual one what "
+                        "it saw of the right answer")
+    parser.add_argument("--data-dir", help="where the data set is; by default where the run had it")
+    parser.add_argument("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
+    parser.add_argument("--out", type=Path, help="the picture's file; by default in the run's folder")
+    args = parser.parse_intermixed_args()  # pictures may stand before and after flags
+    if args.pictures and (args.evaluate or args.target == "actual" or len(args.pictures) > 20):
+        parser.error("of your own pictures, at most 20 at once, only the predicted class is known: "
+                     "no --evaluate, no --target actual")
+    try:
+        run(args)
+    except (data.DataError, ValueError, OSError) as error:
+        print(f"gradcam.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(args):
+    device = model.choose_device(args.device)
+    file = args.run / "last.pt"
+    checkpoint = model.load_checkpoint(file, device)
+    network = model.restore(checkpoint, file, device)
+    config, resolution = checkpoint["config"], checkpoint["config"]["resolutions"][-1]
+    layers = args.layers.split(",") if args.layers else None
+    if args.pictures:
+        out = args.out or args.run / "pictures.png"
+        draw_pictures(network, args.pictures, checkpoint["classes"], resolution, device, out, layers)
+        print(f"wrote {out}")
+        return
+    data_dir = args.data_dir or config["data_dir"]
+    dataset = data.load(config["dataset"], data_dir, config["seed"])
+    if dataset.class_names != checkpoint["classes"]:
+        raise ValueError(f"{file}: trained on other classes than {data_dir} holds: name the right one with --data-dir")
+    indices = data.split(dataset, config["split"], config["seed"])[1]
+    if args.evaluate:
+        print(evaluate(network, dataset, indices, resolution, device, layers, args.target))
+    else:
+        out = args.out or args.run / ("gradcam.png" if args.target == "predicted" else "gradcam-actual.png")
+        draw_misclassified(network, dataset, indices, resolution, device, out, layers, args.target)
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
