@@ -230,7 +230,8 @@ class Table:
         for row, record in enumerate(records):
             if type(record) is not dict:
                 self.bad(row, f"{short(record)} is no object", "every record must be {...}")
-        for key in dict.fromkeys(key for keys in set(map(tuple, records)) for key in keys):
+        layouts = dict.fromkeys(map(tuple, records))          # nearly always one
+        for key in islice(dict.fromkeys(key for keys in layouts for key in keys), 100):
             values = [record[key] for record in records if key in record]
             field = self.fields.setdefault(key, {"count": 0, "types": set(), "range": (), "example": short(values[0], 60)})
             field["count"] += len(values)
@@ -664,7 +665,7 @@ def describe_fields(data, meaning):
         meaning |= {} if "category_id" in data.boxes.fields else {"id": "a class"}
     limit = lambda value: f"{max(min(value, 1e300), -1e300):.6g}"
     for name, table in data.tables.items():
-        for key, field in list(table.fields.items())[:50]:
+        for key, field in islice(table.fields.items(), 100):
             numeric = field["range"] and field["types"] <= {int, float}
             yield [name, cell(key), f"{field['count']:,}", ", ".join(sorted(types[kind] for kind in field["types"])),
                    " to ".join(map(limit, field["range"])) if numeric else "",

@@ -10,7 +10,7 @@ off weighs more than a small one that is 100 % off, but by 1 - IoU, which is bli
         k   textbook   ours     anchors (width x height)
         1   0.2473     0.2477   138 x 132
         2   0.3336     0.3956   24 x 25, 159 x 139
-        3   0.4219     0.4581   23 x 23, 74 x 115, 224 x 210
+        3   0.4219     0.4582   23 x 23, 74 x 117, 223 x 210
         ...
 
     from kmeans import iou, kmeans
