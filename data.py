@@ -50,12 +50,16 @@ class Dataset(NamedTuple):
     class_names: list           # label -> name, goldfish
 
 
-def load(name="tiny-imagenet", data_dir="data", seed=0):
-    """The data set of that name, "tiny-imagenet" or "shapes" (whose images are drawn from seed).
+def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
+    """The data set of that name, "tiny-imagenet" or "shapes" (whose images are drawn from seed), or its first classes.
 
     Tiny ImageNet is looked for in data_dir, and downloaded if it is not there. Raises DataError.
     """
-    return shapes(seed) if name == "shapes" else tiny_imagenet(Path(data_dir))
+    dataset = shapes(seed) if name == "shapes" else tiny_imagenet(Path(data_dir))
+    if classes is None or classes >= len(dataset.class_names):
+        return dataset
+    kept = dataset.labels < classes
+    return Dataset(name, *(column[kept] for column in dataset[1:5]), dataset.wnids[:classes], dataset.class_names[:classes])
 
 
 def split(dataset, kind="70-30", seed=0):
@@ -288,14 +292,15 @@ def shapes(seed=0, per_class=550):
     images = np.empty((count, 3, SIZE, SIZE), np.uint8)
     boxes = np.empty((count, 4), np.int64)
     for index, label in enumerate(labels):
-        radius, angle = rng.uniform(16, 30), rng.uniform(0, 2 * np.pi)
-        x, y = rng.uniform(radius, SIZE - radius, 2)
+        radius, angle = rng.uniform(10, 16), rng.uniform(-0.5, 0.5)
+        # This beta distribution prefers the edges: to point at the middle of the image is to miss the shape.
+        x, y = radius + (SIZE - 2 * radius) * rng.beta(0.5, 0.5, 2)
         dx, dy = (pixel[None, :] - x) / radius, (pixel[:, None] - y) / radius
         inside = list(SHAPES.values())[label](np.cos(angle) * dx + np.sin(angle) * dy,
                                               np.cos(angle) * dy - np.sin(angle) * dx)
         # Any colours, but the shape is the lighter one: it is easily found, and what takes learning is its form.
-        colour, background = rng.uniform(130, 255, (3, 1, 1)), rng.uniform(0, 110, (3, 1, 1))
-        tiles = rng.normal(0, 20, (3, 8, 8)).repeat(8, axis=1).repeat(8, axis=2)
+        colour, background = rng.uniform(160, 255, (3, 1, 1)), rng.uniform(0, 90, (3, 1, 1))
+        tiles = rng.normal(0, 8, (3, 8, 8)).repeat(8, axis=1).repeat(8, axis=2)
         image = np.where(inside, colour + stripes(rng, pixel), background + stripes(rng, pixel) + tiles)
         images[index] = (image + rng.normal(0, 5, image.shape)).clip(0, 255)
         columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
@@ -308,7 +313,7 @@ def shapes(seed=0, per_class=550):
 def stripes(rng, pixel):
     """A wave of random direction, width and strength, the same in all colours: (1, 64, 64)."""
     kx, ky = rng.uniform(-0.8, 0.8, 2)
-    return (rng.uniform(0, 30) * np.sin(kx * pixel[None, :] + ky * pixel[:, None] + rng.uniform(0, 6)))[None]
+    return (rng.uniform(0, 12) * np.sin(kx * pixel[None, :] + ky * pixel[:, None] + rng.uniform(0, 6)))[None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,14 +324,14 @@ def prepare(images, resolution, theta=None):
     """Images (N, 3, H, W) uint8 -> what the network is fed: (N, 3, resolution, resolution) float32, mean 0, deviation 1.
 
     theta (N, 2, 3) maps each place of the result to the place in the image that it is taken from, both in [-1, 1]: one
-    matrix that crops, flips, zooms and resizes at once (Jaderberg et al. 2015, "Spatial Transformer Networks",
-    arXiv:1506.02025). Without it the whole image is taken. What lies outside the image is its reflection.
+    matrix that crops, mirrors and resizes at once (Jaderberg et al. 2015, "Spatial Transformer Networks",
+    arXiv:1506.02025). Without it the whole image is taken.
     """
     count = len(images)
     if theta is None:
         theta = torch.eye(2, 3, device=images.device).expand(count, 2, 3)
     grid = F.affine_grid(theta, (count, 3, resolution, resolution), align_corners=False)
-    images = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    images = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     mean, std = mean_and_std(images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -344,14 +349,14 @@ class Batches:
     a resumed run sees what the uninterrupted one would have seen, on any device.
 
     dataset: a Dataset; indices (N,) int64: the images to take; batch_size: of all processes together; augment: shuffle,
-    crop, flip and cut out; cutout: side of the square cut out, as a fraction of the image's; rank, world_size: this process's number, and how many share each batch.
+    mirror, crop and mix; min_crop: smallest area of a crop, as a fraction of the image's; cutmix: share of the images
+    that get a patch of another; rank, world_size: this process's number, and how many share each batch.
     """
 
-    CROP = 1 / 8  # the largest shift of a crop, as a fraction of the image's side
-
-    def __init__(self, dataset, indices, batch_size, device, augment, cutout=0.25, seed=0, rank=0, world_size=1):
-        self.device, self.augment, self.cutout, self.seed = torch.device(device), augment, cutout, seed
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, dataset, indices, batch_size, device, augment, min_crop=1.0, cutmix=0.0, seed=0, rank=0,
+                 world_size=1):
+        self.device, self.augment, self.min_crop, self.cutmix = torch.device(device), augment, min_crop, cutmix
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         # As many batches as needed, all of them of nearly the same size: no last one of a single image, on which
         # BatchNorm has no variance to divide by.
         self.count = math.ceil(len(indices) / batch_size)
@@ -363,36 +368,70 @@ class Batches:
         return self.count
 
     def epoch(self, epoch, resolution):
-        """Yields images (B, 3, resolution, resolution) float32 and labels (B,) int64: every index once."""
+        """Yields images (B, 3, resolution, resolution) float32, labels (B,) int64 and, of images with a patch of another
+        image, the other's labels (B,) and the share (B,) of the image that is left of the first: every index once."""
         total, order = len(self.indices), self.indices
         if self.augment:
             # Drawn on the CPU, whose random numbers are the same everywhere, for the whole epoch at once.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = order[torch.randperm(total, generator=generator).to(order.device)]
-            theta = torch.zeros(total, 2, 3)
-            theta[:, 0, 0] = torch.randint(2, (total,), generator=generator) * 2 - 1  # -1 is the mirror image
-            theta[:, 1, 1] = 1
-            reach = int(SIZE * self.CROP)  # whole pixels, so that at full resolution a crop does not blur
-            theta[:, :, 2] = torch.randint(-reach, reach + 1, (total, 2), generator=generator) * 2 / SIZE
-            hole = torch.rand(total, 2, generator=generator)  # centre of the square cut out, as fractions of the sides
-            theta, hole = theta.to(self.device), hole.to(self.device)
+            theta = random_crops(total, self.min_crop, generator).to(self.device)
+            patch = random_patches(total, self.cutmix, generator).to(self.device)
         for batch in range(self.count):
             part = slice(batch * total // self.count + self.rank, (batch + 1) * total // self.count, self.world_size)
             images = self.images[order[part]].to(self.device, non_blocking=True)
             labels = self.labels[order[part]].to(self.device, non_blocking=True)
             if self.augment:
-                yield cut_out(prepare(images, resolution, theta[part]), hole[part], self.cutout), labels
+                yield cut_mix(prepare(images, resolution, theta[part]), labels, patch[part])
             else:
-                yield prepare(images, resolution), labels
+                yield prepare(images, resolution), labels, labels, torch.ones_like(labels, dtype=torch.float32)
 
 
-def cut_out(images, centre, side):
-    """Sets a square around centre (N, 2), fractions of height and width, to 0, the mean colour: the network must not
-    rely on one part of the object (DeVries & Taylor 2017, arXiv:1708.04552). In place; images (N, 3, H, W)."""
+def random_crops(count, min_area, generator):
+    """Matrices (N, 2, 3) for prepare: crops of at least min_area of the image, of any place, half of them mirrored.
+
+    Each then fills the whole picture, so that objects are seen at many sizes and in part: of all augmentations the one
+    that does most against overfitting (Szegedy et al. 2014, "Going Deeper with Convolutions", arXiv:1409.4842).
+    """
+    uniform = torch.rand(5, count, generator=generator)
+    area = min_area + (1 - min_area) * uniform[0]
+    ratio = (4 / 3) ** (2 * uniform[1] - 1)  # of width to height
+    scale = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)  # (N, 2): width, height
+    centre = (2 * uniform[2:4].T - 1) * (1 - scale)
+    theta = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)
+    theta[:, 0, 0] *= (uniform[4] < 0.5) * 2 - 1  # -1 is the mirror image
+    return theta
+
+
+def val_resolution(resolution, min_crop):
+    """The side at which to show whole images to a network that has learned from crops of at least min_crop at resolution.
+
+    A crop magnifies its object. Whole images of the same side show it smaller than any the network has seen, and cost
+    accuracy; they have to be larger by what the average crop magnifies (Touvron et al. 2019, "Fixing the train-test
+    resolution discrepancy", arXiv:1906.06423). Rounded to an even number: 48 -> 58 with min_crop 0.35.
+    """
+    return 2 * round(resolution / 2 / math.sqrt((1 + min_crop) / 2))
+
+
+def random_patches(count, probability, generator):
+    """(N, 3) in [0, 1]: row and column of the centre of a square patch, and its side; 0 where there is to be none."""
+    uniform = torch.rand(count, 4, generator=generator)
+    uniform[:, 2] = uniform[:, 2].sqrt() * (uniform[:, 3] < probability)  # the area, not the side, is uniform
+    return uniform[:, :3]
+
+
+def cut_mix(images, labels, patch):
+    """Puts a patch of another image of the batch into each, and says whose: the label is then to be shared out in the
+    same proportion (Yun et al. 2019, "CutMix", arXiv:1905.04899).
+
+    images (N, 3, H, W); labels (N,); patch (N, 3) of random_patches -> images, labels, the others' labels (N,), and the
+    share (N,) of each image that is still its own.
+    """
     size = images.shape[-1]
     pixel = (torch.arange(size, device=images.device) + 0.5) / size
-    rows, columns = ((pixel - centre[:, axis, None]).abs() < side / 2 for axis in (0, 1))  # (N, H) and (N, W)
-    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+    rows, columns = ((pixel - patch[:, axis, None]).abs() < patch[:, 2, None] / 2 for axis in (0, 1))  # (N, H) and (N, W)
+    mask = (rows[:, :, None] & columns[:, None, :])[:, None]
+    return torch.where(mask, images.flip(0), images), labels, labels.flip(0), 1 - mask.float().mean((1, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import model
+from model import UsageError
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ class GradCAM:
     pair, asks for maps of another size than the images. `logits` (N, classes): what the network said in the last call.
 
     Works on frozen weights, inside no_grad, in any train or eval mode, and leaves no trace of itself in the network.
-    Raises ValueError for a layer that there is not, or that yields no feature maps.
+    Raises UsageError for a layer that there is not, or that yields no feature maps.
     """
 
     def __init__(self, network, layers=None):
@@ -56,7 +57,7 @@ class GradCAM:
             layers = [name for name, _ in self.network.named_children() if name.startswith("layer")]
         for name in layers:
             if name not in modules:
-                raise ValueError(f"no layer is called {name!r}; there are {', '.join(modules)}")
+                raise UsageError(f"no layer is called {name!r}; there are {', '.join(modules)}")
         self.layers = {name: modules[name] for name in layers}
 
     def __call__(self, images, classes=None, size=None):
@@ -73,7 +74,7 @@ class GradCAM:
                 logits = self.network.forward(images.detach().clone().requires_grad_())
                 missing = [name for name in self.layers if name not in features]
                 if missing:
-                    raise ValueError(f"the network does not use its layer {missing[0]!r}")
+                    raise UsageError(f"the network does not use its layer {missing[0]!r}")
                 classes = logits.argmax(1) if classes is None else classes.clone()
                 # The sum is no mixture: no image's features reach the score of another. autograd.grad, unlike
                 # backward(), touches no .grad, and it computes no gradients of weights, a third of the work.
@@ -111,7 +112,7 @@ def catch(name, features):
     """
     def hook(module, inputs, output):
         if not isinstance(output, torch.Tensor) or output.dim() != 4:
-            raise ValueError(f"layer {name!r} yields no feature maps (N, C, H, W)")
+            raise UsageError(f"layer {name!r} yields no feature maps (N, C, H, W)")
         features[name] = output
         return output.clone()
     return hook
@@ -160,7 +161,7 @@ def evaluate(network, dataset, indices, resolution, device, layers=None, target=
     centre = torch.zeros(1, *size, device=device)  # the centre point is the corner that the middle four pixels share
     centre[:, size[0] // 2 - 1:size[0] // 2 + 1, size[1] // 2 - 1:size[1] // 2 + 1] = 1
     scores, correct, start, shown = {}, [], time.perf_counter(), 0
-    for images, labels in batches.epoch(0, resolution):
+    for images, labels, *_ in batches.epoch(0, resolution):
         maps = cam(images, labels if target == "actual" else None, size)
         maps["chance: a flat map"] = torch.ones_like(centre).expand(len(images), -1, -1)
         maps["a point at the centre"] = centre.expand(len(images), -1, -1)
@@ -230,7 +231,7 @@ def draw(images, maps, titles, heading, path, boxes=None):
         with data.replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=100)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}: name another file with --out") from error
+        raise UsageError(f"{path}: cannot be written: {error.strerror}: name another file with --out") from error
     finally:
         plt.close(figure)
 
@@ -249,7 +250,7 @@ def draw_misclassified(network, dataset, indices, resolution, device, path, laye
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
     wrong, seen = [], 0
     cam.network.eval()
-    for images, labels in data.Batches(dataset, order, 128, device, augment=False).epoch(0, resolution):
+    for images, labels, *_ in data.Batches(dataset, order, 128, device, augment=False).epoch(0, resolution):
         with torch.no_grad():
             missed = (cam.network(images).argmax(1) != labels).cpu()
         wrong += order[seen:seen + len(images)][missed].tolist()
@@ -268,7 +269,7 @@ def draw_misclassified(network, dataset, indices, resolution, device, path, laye
 
 
 def read_picture(path):
-    """A picture file of any size and kind -> (3, 64, 64) uint8: of an animation the first frame. Raises ValueError.
+    """A picture file of any size and kind -> (3, 64, 64) uint8: of an animation the first frame. Raises UsageError.
 
     The shorter side becomes 64 pixels and the middle of the longer one is kept: to squash the whole picture into a
     square would change its shapes, and shapes are what the network has learned. Transparent parts become white.
@@ -285,7 +286,7 @@ def read_picture(path):
                 return pil_to_tensor(Image.alpha_composite(white, square).convert("RGB"))
     except Exception as error:  # each file format is a plugin of Pillow's, with exceptions of its own
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"{path}: not a picture that can be read: {' '.join(reason.split())}") from error
+        raise UsageError(f"{path}: not a picture that can be read: {' '.join(reason.split())}") from error
 
 
 def draw_pictures(network, files, class_names, resolution, device, path, layers=None):
@@ -326,7 +327,7 @@ def main():
                      "no --evaluate, no --target actual")
     try:
         run(args)
-    except (data.DataError, ValueError, OSError) as error:
+    except (data.DataError, UsageError, OSError) as error:
         print(f"gradcam.py: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -336,7 +337,8 @@ def run(args):
     file = args.run / "last.pt"
     checkpoint = model.load_checkpoint(file, device)
     network = model.restore(checkpoint, file, device)
-    config, resolution = checkpoint["config"], checkpoint["config"]["resolutions"][-1]
+    config = checkpoint["config"]
+    resolution = data.val_resolution(config["resolutions"][-1], config["min_crop"])
     layers = args.layers.split(",") if args.layers else None
     if args.pictures:
         out = args.out or args.run / "pictures.png"
@@ -344,9 +346,9 @@ def run(args):
         print(f"wrote {out}")
         return
     data_dir = args.data_dir or config["data_dir"]
-    dataset = data.load(config["dataset"], data_dir, config["seed"])
+    dataset = data.load(config["dataset"], data_dir, config["seed"], config["classes"])
     if dataset.class_names != checkpoint["classes"]:
-        raise ValueError(f"{file}: trained on other classes than {data_dir} holds: name the right one with --data-dir")
+        raise UsageError(f"{file}: trained on other classes than {data_dir} holds: name the right one with --data-dir")
     indices = data.split(dataset, config["split"], config["seed"])[1]
     if args.evaluate:
         print(evaluate(network, dataset, indices, resolution, device, layers, args.target))

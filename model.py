@@ -145,10 +145,17 @@ def create(name, num_classes, stem_stride=2):
 # Devices and checkpoints
 
 
+FORMAT = 2  # of checkpoints: goes up whenever a checkpoint of before would no longer do
+
+
+class UsageError(ValueError):
+    """Something that the user can put right, in words for the user: the file, the place and the cure."""
+
+
 def choose_device(name="auto", index=0):
     """The torch.device of that name; auto takes CUDA (the GPU with that index), else MPS, else the CPU.
 
-    Raises ValueError if this machine does not have it.
+    Raises UsageError if this machine does not have it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -157,7 +164,7 @@ def choose_device(name="auto", index=0):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}: try --device cpu") from error
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}: try --device cpu") from error
 
 
 def load_checkpoint(path, device="cpu"):
@@ -165,31 +172,34 @@ def load_checkpoint(path, device="cpu"):
 
     torch.load is told to accept weights and plain values only: a pickle from a stranger can run code (weights_only).
     It does not look at the checksums that the file, a zip archive, keeps of its members; zipfile does.
-    Raises ValueError that names the file and says what is wrong with it.
+    Raises UsageError that names the file and says what is wrong with it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong")
+            raise UsageError(f"{path}: damaged, the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or a damaged one") from error
-    if not isinstance(checkpoint, dict) or not {"config", "classes", "model", "epoch"} <= checkpoint.keys():
-        raise ValueError(f"{path}: not a checkpoint of train.py")
+        raise UsageError(f"{path}: not a checkpoint, or a damaged one") from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise UsageError(f"{path}: not a checkpoint of this train.py")
+    if checkpoint["format"] != FORMAT:
+        raise UsageError(f"{path}: has format {checkpoint['format']}, this train.py reads {FORMAT}: use the version that wrote it, "
+                         "or train anew")
     return checkpoint
 
 
 def restore(checkpoint, path, device="cpu"):
-    """The network of a checkpoint with its weights, in eval mode; raises ValueError naming path if they do not fit it."""
+    """The network of a checkpoint with its weights, in eval mode; raises UsageError naming path if they do not fit it."""
     config = checkpoint["config"]
     network = create(config["model"], len(checkpoint["classes"]), config["stem_stride"])
     try:
         network.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit {config['model']}: {str(error).splitlines()[1].strip()}") from error
+        raise UsageError(f"{path}: its weights do not fit {config['model']}: {str(error).splitlines()[1].strip()}") from error
     return network.to(device, memory_format=torch.channels_last).eval()
 
 

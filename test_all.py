@@ -136,8 +136,8 @@ class Checkpoints(InFolder):
 
     def write(self):
         network = model.create("resnet18", 3)
-        torch.save({"config": {"model": "resnet18", "stem_stride": 2}, "classes": ["a", "b", "c"], "epoch": 1,
-                    "model": network.state_dict()}, "good.pt")
+        torch.save({"format": model.FORMAT, "config": {"model": "resnet18", "stem_stride": 2}, "classes": ["a", "b", "c"],
+                    "epoch": 1, "model": network.state_dict()}, "good.pt")
         return network
 
     def test_a_checkpoint_gives_the_network_back(self):
@@ -159,6 +159,14 @@ class Checkpoints(InFolder):
             with self.assertRaisesRegex(ValueError, "bad.pt"):
                 model.load_checkpoint("bad.pt")
         self.assertFalse(Path("broken-in").exists())
+
+    def test_another_format_is_refused(self):
+        self.write()
+        checkpoint = torch.load("good.pt")
+        for change, message in (({"format": 1}, "bad.pt: has format 1, this train.py reads 2"), ({}, "bad.pt: not a checkpoint")):
+            torch.save({**{key: value for key, value in checkpoint.items() if key != "format"}, **change}, "bad.pt")
+            with self.assertRaisesRegex(model.UsageError, message):
+                model.load_checkpoint("bad.pt")
 
     def test_weights_of_another_network_are_refused_by_name(self):
         self.write()
@@ -188,10 +196,13 @@ class Schedule(unittest.TestCase):
                     theirs.step()
 
     def test_the_loss_is_torchs_cross_entropy_with_label_smoothing(self):
-        logits, labels = torch.randn(32, 7), torch.randint(7, (32,))
+        logits, (labels, others), share = torch.randn(32, 7), torch.randint(7, (2, 32)), torch.rand(32)
         for smoothing in (0.0, 0.1, 0.5):
-            ours = train.smoothed_nll_loss(F.log_softmax(logits, dim=1), labels, smoothing)
+            ours = train.smoothed_nll_loss(F.log_softmax(logits, dim=1), labels, others, torch.ones(32), smoothing)
             self.assertAlmostEqual(ours.item(), F.cross_entropy(logits, labels, label_smoothing=smoothing).item(), places=5)
+            mixed = share[:, None] * F.one_hot(labels, 7) + (1 - share[:, None]) * F.one_hot(others, 7)
+            ours = train.smoothed_nll_loss(F.log_softmax(logits, dim=1), labels, others, share, smoothing)
+            self.assertAlmostEqual(ours.item(), F.cross_entropy(logits, mixed, label_smoothing=smoothing).item(), places=5)
 
     def test_weight_decay_is_for_convolutions_and_the_linear_layer_only(self):
         network = model.ResNet18(5)
@@ -416,7 +427,7 @@ class SplitsAndBatches(unittest.TestCase):
     def seen(self, batches, epoch=1):
         """Which images of numbered() the batches hold, in order, and the batches' sizes."""
         values, sizes = [], []
-        for images, labels in batches.epoch(epoch, 32):
+        for images, labels, *_ in batches.epoch(epoch, 32):
             pixels = (images[:, :2, 16, 16] * torch.tensor(data.STD[:2]) + torch.tensor(data.MEAN[:2])) * 255
             ids = pixels.round().long()
             values += (ids[:, 0] + 256 * ids[:, 1]).tolist()
@@ -426,40 +437,65 @@ class SplitsAndBatches(unittest.TestCase):
 
     def test_an_epoch_sees_every_image_once_also_on_several_processes(self):
         dataset, indices = numbered(601), torch.arange(601)
-        whole, sizes = self.seen(data.Batches(dataset, indices, 100, "cpu", True, cutout=0))
+        whole, sizes = self.seen(data.Batches(dataset, indices, 100, "cpu", True))
         self.assertEqual(sorted(whole), list(range(601)))
         self.assertEqual((len(sizes), min(sizes)), (7, 85))  # no last batch of a single image
-        shares = [self.seen(data.Batches(dataset, indices, 100, "cpu", True, 0, rank=rank, world_size=3))[0]
+        shares = [self.seen(data.Batches(dataset, indices, 100, "cpu", True, rank=rank, world_size=3))[0]
                   for rank in range(3)]
         self.assertEqual(sorted(sum(shares, [])), list(range(601)))
         self.assertEqual(self.seen(data.Batches(dataset, indices, 100, "cpu", False))[0], list(range(601)))
 
     def test_an_epoch_depends_on_seed_and_number_alone(self):
         dataset = data.shapes(per_class=2)
-        batches = [data.Batches(dataset, torch.arange(20), 20, "cpu", True, seed=seed) for seed in (0, 0, 1)]
-        (a, _), = batches[0].epoch(5, 64)
+        batches = [data.Batches(dataset, torch.arange(20), 20, "cpu", True, 0.3, 0.5, seed) for seed in (0, 0, 1)]
+        (a, *_), = batches[0].epoch(5, 64)
         list(batches[1].epoch(1, 64))
         self.assertTrue(torch.equal(a, next(batches[1].epoch(5, 64))[0]))
         self.assertFalse(torch.equal(a, next(batches[0].epoch(6, 64))[0]))
         self.assertFalse(torch.equal(a, next(batches[2].epoch(5, 64))[0]))
 
-    def test_a_crop_is_numpys_padding_and_a_flip_is_torchs(self):
+    def test_a_crop_is_torchvisions_and_a_flip_is_torchs(self):
         images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
         plain = data.prepare(images, 64)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
         self.assertLess((plain - (images / 255 - mean) / std).abs().max(), 1e-4)
-        padded = torch.from_numpy(np.pad(plain.numpy(), ((0, 0), (0, 0), (8, 8), (8, 8)), mode="symmetric"))
-        for dx, dy, flip in ((0, 0, 1), (8, -3, 1), (-8, 8, -1), (5, 0, -1)):
-            theta = torch.tensor([[[flip, 0, dx * 2 / 64], [0, 1, dy * 2 / 64]]])
-            expected = padded[:, :, 8 + dy:72 + dy, 8 + dx:72 + dx]
+        for top, left, height, width, flip in ((0, 0, 64, 64, 1), (8, 16, 32, 32, 1), (0, 40, 16, 24, -1)):
+            theta = torch.tensor([[[flip * width / 64, 0, (2 * left + width) / 64 - 1],
+                                   [0, height / 64, (2 * top + height) / 64 - 1]]])
+            expected = resize(plain[:, :, top:top + height, left:left + width], [48, 48], antialias=False)
             expected = expected.flip(3) if flip < 0 else expected
-            self.assertLess((data.prepare(images, 64, theta) - expected).abs().max(), 1e-2)
+            inner = slice(2, -2)  # at its border a crop sees the pixels beside it; a picture cut out before does not
+            self.assertLess((data.prepare(images, 48, theta) - expected)[:, :, inner, inner].abs().max(), 1e-2)
         self.assertLess((data.prepare(images, 32) - F.avg_pool2d(plain, 2)).abs().max(), 1e-2)
 
-    def test_cutout_clears_one_square_of_the_right_size(self):
-        images = data.cut_out(torch.ones(3, 3, 40, 40), torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.2, 0.9]]), 0.25)
-        self.assertEqual((images == 0).sum(dim=(1, 2, 3)).tolist(), [300, 75, 3 * 10 * 9])
-        self.assertTrue((images[0, :, 15:25, 15:25] == 0).all())
+    def test_crops_are_of_every_size_and_place_inside_the_image(self):
+        theta = data.random_crops(20_000, 0.3, torch.Generator().manual_seed(0))
+        width, height = theta[:, 0, 0].abs(), theta[:, 1, 1]
+        self.assertLessEqual((theta[:, :, 2].abs() + torch.stack([width, height], 1)).max(), 1 + 1e-6)
+        self.assertAlmostEqual((theta[:, 0, 0] < 0).float().mean().item(), 0.5, delta=0.02)
+        area = width * height
+        self.assertGreater(area.min(), 0.299)
+        self.assertLess((area < 0.31).float().mean(), 0.05)
+        self.assertGreater((area < 0.4).float().mean(), 0.1)
+        for ratio, share in (((width / height), 4 / 3), ((height / width), 4 / 3)):
+            self.assertLessEqual(ratio.max(), share + 1e-4)
+
+    def test_cutmix_shares_the_label_out_as_the_pixels(self):
+        images = torch.arange(4.)[:, None, None, None].expand(4, 3, 20, 20)
+        patch = torch.tensor([[0.5, 0.5, 0.5], [0.0, 1.0, 0.5], [0.2, 0.9, 0.0], [0.5, 0.5, 1.0]])
+        mixed, labels, others, share = data.cut_mix(images, torch.arange(4), patch)
+        self.assertEqual((labels.tolist(), others.tolist()), ([0, 1, 2, 3], [3, 2, 1, 0]))
+        for image, own, other, part in zip(mixed, labels, others, share):
+            self.assertAlmostEqual((image == own).float().mean().item(), part.item(), places=6)
+            self.assertTrue(((image == own) | (image == other)).all())
+        self.assertEqual([round(part.item(), 4) for part in share], [0.75, 0.9375, 1, 0])
+        self.assertTrue((mixed[0, :, 5:15, 5:15] == 3).all())
+
+    def test_patches_have_every_area_with_the_probability_asked_for(self):
+        patch = data.random_patches(20_000, 0.4, torch.Generator().manual_seed(0))
+        side = patch[:, 2]
+        self.assertAlmostEqual((side > 0).float().mean().item(), 0.4, delta=0.02)
+        self.assertAlmostEqual((side[side > 0] ** 2).mean().item(), 0.5, delta=0.02)
 
 
 class Shapes(unittest.TestCase):
@@ -518,7 +554,7 @@ class Training(InFolder):
         torch.manual_seed(0)
         network = model.create("resnet18", 10, stem_stride=4)
         optimizer, scaler = train.make_optimizer(network, 5e-4), torch.amp.GradScaler("cpu", enabled=False)
-        batches = data.Batches(dataset, part, 20, "cpu", True, cutout=0)
+        batches = data.Batches(dataset, part, 20, "cpu", True)
         progress = train.Progress(quiet=True)
         for epoch in range(1, args.epochs + 1):
             train.train_epoch(network, batches, optimizer, scaler, torch.float32, args, epoch, progress)
