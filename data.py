@@ -19,7 +19,7 @@ import time
 import urllib.error
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,8 +111,8 @@ def tiny_imagenet(data_dir):
         with replacing(cache) as temporary:
             torch.save({"fingerprint": fingerprint, **{key: getattr(dataset, key) for key in Dataset._fields[1:5]}},
                        temporary)
-    except (OSError, RuntimeError) as error:
-        print(f"{cache}: cannot be written ({error}); going on without, the next start decodes again", file=sys.stderr)
+    except DataError as error:
+        print(f"{error}; going on without, the next start decodes again", file=sys.stderr)
     return dataset
 
 
@@ -252,13 +252,20 @@ def decode(paths):
 
 @contextmanager
 def replacing(path):
-    """A temporary name beside path, moved onto path at the end: path is whole, old or new, whenever we are stopped."""
+    """A temporary name beside path, moved onto path at the end: path is whole, old or new, whenever we are stopped.
+
+    Raises DataError if it cannot be written.
+    """
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be written ({reason}): make room, or name another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,20 +446,23 @@ def cut_mix(images, labels, patch):
 
 
 def draw_samples(dataset, path, seed=0, per_class=5):
-    """Five images of five classes each, with their boxes, into a PNG file."""
+    """Five images of each of five classes, or as many as there are, with their boxes, into a PNG file."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rng = np.random.default_rng(seed)
-    labels = np.sort(rng.choice(len(dataset.class_names), 5, replace=False))
-    figure, axes = plt.subplots(5, per_class, figsize=(1.6 * per_class, 9.6), layout="constrained")
+    classes = len(dataset.class_names)
+    labels = np.sort(rng.choice(classes, min(5, classes), replace=False))
+    figure, axes = plt.subplots(len(labels), per_class, squeeze=False, layout="constrained",
+                                figsize=(1.6 * per_class, 1.92 * len(labels)))
     for row, label in zip(axes, labels):
         row[per_class // 2].set_title(f"{label}: {dataset.class_names[label]} ({dataset.wnids[label]})", fontsize=10)
-        for axis, index in zip(row, rng.choice(np.flatnonzero(dataset.labels == label), per_class, replace=False)):
+        for axis, index in zip(row, rng.permutation(np.flatnonzero(dataset.labels == label))):
             axis.imshow(dataset.images[index].permute(1, 2, 0).numpy())
             x0, y0, x1, y1 = dataset.boxes[index].tolist()
             axis.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="yellow"))
-            axis.axis("off")
+    for axis in axes.flat:
+        axis.axis("off")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)

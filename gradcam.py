@@ -227,13 +227,9 @@ def draw(images, maps, titles, heading, path, boxes=None):
             if boxes is not None:
                 x0, y0, x1, y1 = (boxes[column] - 0.5).tolist()
                 axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1))
-    try:
-        with data.replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=100)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}: name another file with --out") from error
-    finally:
-        plt.close(figure)
+    with data.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
 
 
 def title(*lines):

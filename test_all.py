@@ -333,7 +333,7 @@ class TinyImageNet(InFolder):
         self.assertEqual(len(self.load().labels), 56)
 
     def test_a_folder_that_cannot_be_written_is_read_all_the_same(self):
-        with mock.patch.object(torch, "save", side_effect=PermissionError("read-only")):
+        with mock.patch.object(torch, "save", side_effect=PermissionError(13, "read-only")):
             self.assertEqual(len(self.load().labels), 56)
         self.assertIn("cannot be written", self.said)
 
@@ -622,7 +622,8 @@ class Training(InFolder):
         for arguments, *words in (
                 (("--epochs", 0), "--epochs 0"),
                 (("--batch-size", 1000), "--batch-size 1000", "at most 40"),
-                (("--max-lr", 1e30), "loss", "learning rate", "--max-lr"),
+                (("--classes", 0), "--classes 0"),
+                (("--max-lr", 1e6), "loss", "learning rate", "--max-lr"),
                 (("--data-dir", "nowhere"), "nowhere"),
                 (("--resolutions", 17), "17"),
                 (("--device", "cuda:99"), "cuda:99"),
@@ -863,8 +864,9 @@ class GradCamCommand(unittest.TestCase):
         cls.folder = Path(cls.temporary.name)
         cls.dataset = data.shapes(0, per_class=10)
         torch.manual_seed(0)
-        cls.checkpoint = {"config": {"dataset": "shapes", "data_dir": "data", "split": "70-30", "model": "resnet18",
-                                     "stem_stride": 4, "resolutions": [16, 32], "seed": 0},
+        cls.checkpoint = {"format": model.FORMAT,
+                          "config": {"dataset": "shapes", "data_dir": "data", "split": "70-30", "model": "resnet18",
+                                     "stem_stride": 4, "resolutions": [16, 32], "min_crop": 1.0, "classes": None, "seed": 0},
                           "classes": cls.dataset.class_names, "model": resnet().state_dict(), "epoch": 1, "history": []}
         torch.save(cls.checkpoint, cls.folder / "last.pt")
         rng = np.random.default_rng(0)

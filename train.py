@@ -235,9 +235,8 @@ def save(path, state):
     try:
         with data.replacing(path) as temporary:
             torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"{path}: cannot be written ({str(error).splitlines()[0]}): make room, then --resume "
-                         f"{path.parent}") from error
+    except data.DataError as error:
+        raise UsageError(f"{error}; then --resume {path.parent}") from error
 
 
 def write_history(history, path):
@@ -480,13 +479,12 @@ def parse_arguments(argv=None):
             if getattr(args, key) is None:
                 setattr(args, key, value)
         args.command = " ".join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    limits = {"epochs": (1, math.inf), "batch_size": (1, math.inf), "max_lr": (1e-12, math.inf),
+    limits = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "classes": (1, 10**6), "max_lr": (1e-12, 1e6),
               "weight_decay": (0, 1), "label_smoothing": (0, 0.999), "min_crop": (0.01, 1), "cutmix": (0, 1),
               "seed": (0, 2**31)}
     for key, (low, high) in limits.items():
-        if not low <= getattr(args, key) <= high:
-            raise UsageError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {low:g}"
-                             + (f" and at most {high:g}" if high < math.inf else ""))
+        if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
+            raise UsageError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {low:g} and at most {high:g}")
     if min(args.resolutions) < 18 or any(side % 2 for side in args.resolutions):
         raise UsageError(f"--resolutions {args.resolutions}: even numbers of at least 18 are needed")
     return args, checkpoint
@@ -504,20 +502,20 @@ def start_processes(device_name):
 
 
 def new_folder(args):
-    """Creates the run's folder; one that has something in it is never used again."""
-    if args.out:
-        folder = Path(args.out)
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UsageError(f"--out {folder}: is there already: name another folder, or --resume it")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    for number in range(1, 10**6):
-        folder = Path("runs") / (f"{args.dataset}-{args.model}" + (f"-{number}" if number > 1 else ""))
+    """Creates the run's folder; one that has something in it is never used again. Raises UsageError."""
+    default = Path("runs") / f"{args.dataset}-{args.model}"
+    for number in itertools.count(1):
+        folder = Path(args.out or (default if number == 1 else f"{default}-{number}"))
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            continue
+            if args.out and folder.is_dir() and not any(folder.iterdir()):
+                return folder
+            if args.out:
+                raise UsageError(f"--out {folder}: is there already: name another folder, or --resume it") from None
+        except OSError as error:
+            raise UsageError(f"--out {folder}: {error.strerror}: name another folder") from error
 
 
 def run(args, checkpoint):
