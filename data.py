@@ -107,6 +107,10 @@ def tiny_imagenet(data_dir):
     images = torch.from_numpy(decode([file.path for file, *_ in files]))
     labels, boxes, official_val = (torch.tensor(column) for column in zip(*(row[1:] for row in files)))
     dataset = Dataset("tiny-imagenet", images, labels, boxes, official_val, wnids, names)
+    for leftover in data_dir.glob(f".{cache.name}.*"):  # of a process that was killed while it wrote its 1.4 GB
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3600:  # else another process may be writing it now
+                leftover.unlink()
     try:
         with replacing(cache) as temporary:
             torch.save({"fingerprint": fingerprint, **{key: getattr(dataset, key) for key in Dataset._fields[1:5]}},
@@ -191,7 +195,7 @@ def list_files(folder):
 def read_table(path, columns):
     """The tab-separated rows of a text file, each with that many columns. Raises DataError with the line's number."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}: extract the zip file again") from error
     rows = []
@@ -206,11 +210,11 @@ def read_table(path, columns):
 
 def box(path, numbers):
     """x0, y0, x1, y1 from four texts. The files name the last pixel inside: 0 0 63 63 is the whole image."""
-    try:
+    with suppress(ValueError):
         x0, y0, x1, y1 = (int(number) for number in numbers)
-        return x0, y0, x1 + 1, y1 + 1
-    except ValueError as error:
-        raise DataError(f"{path}: a box of {' '.join(numbers)!r}: four whole numbers are expected") from error
+        if 0 <= x0 <= x1 < SIZE and 0 <= y0 <= y1 < SIZE:
+            return x0, y0, x1 + 1, y1 + 1
+    raise DataError(f"{path}: a box of {' '.join(numbers)[:60]!r}: must be left, top, right and bottom in 0 ... {SIZE - 1}")
 
 
 def find(table, file, path):

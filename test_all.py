@@ -317,6 +317,7 @@ class TinyImageNet(InFolder):
             (images / "n02_0.JPEG", None, "crane, bird"),
             (self.tree / "train" / "n03" / "n03_boxes.txt", None, "n03_boxes.txt"),
             (self.tree / "train" / "n03" / "n03_boxes.txt", b"n03_0.JPEG\t1\t2\t3\n", "line 1"),
+            (self.tree / "train" / "n03" / "n03_boxes.txt", b"n03_0.JPEG\t1\t2\t%d\t9\n" % 10**30, "a box of '1 2 10000"),
             (self.tree / "words.txt", b"n01\tGerman shepherd\n", "n02"),
             (self.tree / "wnids.txt", None, "wnids.txt"),
             (annotations, "".join(lines[1:]).encode(), "val_0.JPEG"),
@@ -329,8 +330,16 @@ class TinyImageNet(InFolder):
                 self.load()
             path.write_bytes(good)
         (images / "._n02_0.JPEG").write_bytes(b"macOS")
-        annotations.write_bytes("".join(lines).replace("\n", "\r\n").encode())
+        annotations.write_bytes("".join(lines).replace("\n", "\r\n").encode("utf-8-sig"))
         self.assertEqual(len(self.load().labels), 56)
+
+    def test_what_a_killed_process_left_is_removed_but_not_what_is_being_written(self):
+        old, new = (Path(f"data/.tiny-imagenet-200.pt.{number}") for number in (1, 2))
+        old.write_bytes(b"")
+        new.write_bytes(b"")
+        os.utime(old, (0, 0))
+        self.load()
+        self.assertEqual((old.exists(), new.exists()), (False, True))
 
     def test_a_folder_that_cannot_be_written_is_read_all_the_same(self):
         with mock.patch.object(torch, "save", side_effect=PermissionError(13, "read-only")):
