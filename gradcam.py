@@ -227,7 +227,8 @@ def draw(images, maps, titles, heading, path, boxes=None):
             if boxes is not None:
                 x0, y0, x1, y1 = (boxes[column] - 0.5).tolist()
                 axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1))
-    with data.replacing(path) as temporary:
+    with data.replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a file's name may have letters that the font lacks
         figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)
 

@@ -146,6 +146,7 @@ def create(name, num_classes, stem_stride=2):
 
 
 FORMAT = 2  # of checkpoints: goes up whenever a checkpoint of before would no longer do
+CONTENT = {"config": dict, "classes": list, "epoch": int, "history": list, "model": dict, "optimizer": dict, "scaler": dict}
 
 
 class UsageError(ValueError):
@@ -182,13 +183,18 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # zipfile and torch.load have a dozen kinds of errors for a damaged file
         raise UsageError(f"{path}: not a checkpoint, or a damaged one") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UsageError(f"{path}: not a checkpoint of this train.py")
     if checkpoint["format"] != FORMAT:
         raise UsageError(f"{path}: has format {checkpoint['format']}, this train.py reads {FORMAT}: use the version that wrote it, "
                          "or train anew")
+    for key, kind in CONTENT.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise UsageError(f"{path}: not a checkpoint of this train.py: {key!r} is missing or no {kind.__name__}")
     return checkpoint
 
 

@@ -137,7 +137,7 @@ class Checkpoints(InFolder):
     def write(self):
         network = model.create("resnet18", 3)
         torch.save({"format": model.FORMAT, "config": {"model": "resnet18", "stem_stride": 2}, "classes": ["a", "b", "c"],
-                    "epoch": 1, "model": network.state_dict()}, "good.pt")
+                    "epoch": 1, "history": [], "model": network.state_dict(), "optimizer": {}, "scaler": {}}, "good.pt")
         return network
 
     def test_a_checkpoint_gives_the_network_back(self):
@@ -153,7 +153,7 @@ class Checkpoints(InFolder):
         flipped[len(good) // 2] ^= 1  # a single bit of a weight
         cuts = [good[:len(good) * i // 5] for i in range(5)]
         torch.save({"model": functools.partial(os.mkdir, "broken-in")}, "code.pt")
-        for content in (bytes(flipped), *cuts, b"text", pickle.dumps(functools.partial(os.mkdir, "broken-in")),
+        for content in (bytes(flipped), good.replace(b"/version", b"/\x85ersion"), *cuts, b"text", pickle.dumps(functools.partial(os.mkdir, "broken-in")),
                         Path("code.pt").read_bytes()):
             Path("bad.pt").write_bytes(content)
             with self.assertRaisesRegex(ValueError, "bad.pt"):
@@ -163,7 +163,8 @@ class Checkpoints(InFolder):
     def test_another_format_is_refused(self):
         self.write()
         checkpoint = torch.load("good.pt")
-        for change, message in (({"format": 1}, "bad.pt: has format 1, this train.py reads 2"), ({}, "bad.pt: not a checkpoint")):
+        for change, message in (({"format": 1}, "bad.pt: has format 1, this train.py reads 2"), ({}, "bad.pt: not a checkpoint"),
+                                ({"format": model.FORMAT, "history": None}, "bad.pt: not a checkpoint.*'history'")):
             torch.save({**{key: value for key, value in checkpoint.items() if key != "format"}, **change}, "bad.pt")
             with self.assertRaisesRegex(model.UsageError, message):
                 model.load_checkpoint("bad.pt")
@@ -876,7 +877,8 @@ class GradCamCommand(unittest.TestCase):
         cls.checkpoint = {"format": model.FORMAT,
                           "config": {"dataset": "shapes", "data_dir": "data", "split": "70-30", "model": "resnet18",
                                      "stem_stride": 4, "resolutions": [16, 32], "min_crop": 1.0, "classes": None, "seed": 0},
-                          "classes": cls.dataset.class_names, "model": resnet().state_dict(), "epoch": 1, "history": []}
+                          "classes": cls.dataset.class_names, "model": resnet().state_dict(), "epoch": 1, "history": [],
+                          "optimizer": {}, "scaler": {}}
         torch.save(cls.checkpoint, cls.folder / "last.pt")
         rng = np.random.default_rng(0)
         cls.pixels = rng.integers(0, 255, (8, 8, 3), np.uint8).repeat(12, 0).repeat(12, 1)

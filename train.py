@@ -547,8 +547,11 @@ def run(args, checkpoint):
                              f"{len(dataset.class_names)} of {args.dataset}: give the --data-dir it was trained on")
         model.restore(checkpoint, source)  # raises if the weights do not fit
         network.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UsageError(f"{source}: its optimizer does not fit its network ({error}): start a new run") from error
         history = checkpoint["history"]
 
     batches = data.Batches(dataset, train, args.batch_size, device, True, args.min_crop, args.cutmix, args.seed, rank,
