@@ -265,7 +265,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "is the disk full?"
         raise DataError(f"{path}: cannot be written ({reason}): make room, or name another place") from error
     finally:
         with suppress(OSError):

@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -596,6 +597,15 @@ class Training(InFolder):
             with Image.open(folder / name) as picture:
                 picture.load()
         self.assertRefused(call(train, "--epochs", 2, "--out", folder, *FLAGS), folder, "there already")
+
+    def test_the_range_test_finds_where_the_loss_is_lowest(self):
+        code, out, err = call(train, "--find-lr", "--out", "lr.png", *FLAGS)
+        self.assertEqual((code, err), (0, ""))
+        rows = re.findall(r"learning rate +([0-9.]+), loss ([0-9.]+)", out)
+        best = min(rows, key=lambda row: float(row[1]))
+        self.assertAlmostEqual(float(re.search(r"lowest at ([0-9.e-]+)", out)[1]) / float(best[0]), 1, delta=0.1)
+        self.assertEqual((float(rows[0][0]), len({rate for rate, _ in rows})), (0.001, len(rows)))
+        self.assertEqual(Path("lr.png").read_bytes()[:4], b"\x89PNG")
 
     def test_a_killed_run_resumes_to_the_same_weights(self):
         self.assertEqual(call(train, "--epochs", 4, "--out", "whole", *FLAGS)[0], 0)
