@@ -599,11 +599,13 @@ class Training(InFolder):
         self.assertRefused(call(train, "--epochs", 2, "--out", folder, *FLAGS), folder, "there already")
 
     def test_the_range_test_finds_where_the_loss_is_lowest(self):
-        code, out, err = call(train, "--find-lr", "--out", "lr.png", *FLAGS)
+        with mock.patch.object(train.find_lr, "__defaults__", (20,)):  # steps
+            code, out, err = call(train, "--find-lr", "--out", "lr.png", *FLAGS)
         self.assertEqual((code, err), (0, ""))
         rows = re.findall(r"learning rate +([0-9.]+), loss ([0-9.]+)", out)
-        best = min(rows, key=lambda row: float(row[1]))
-        self.assertAlmostEqual(float(re.search(r"lowest at ([0-9.e-]+)", out)[1]) / float(best[0]), 1, delta=0.1)
+        suggested = float(re.search(r"lowest at ([0-9.e+-]+):", out)[1])
+        nearest = min(rows, key=lambda row: abs(float(row[0]) / suggested - 1))
+        self.assertEqual(float(nearest[1]), min(float(loss) for _, loss in rows))
         self.assertEqual((float(rows[0][0]), len({rate for rate, _ in rows})), (0.001, len(rows)))
         self.assertEqual(Path("lr.png").read_bytes()[:4], b"\x89PNG")
 
