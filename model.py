@@ -7,7 +7,6 @@ prints for each layer its output shape, parameters, receptive field and multiply
 `ResNet18: 11,279,112 parameters` and `CustomResNet: 4,106,952 parameters`.
 """
 import argparse
-import pickle
 import zipfile
 
 import torch
@@ -178,15 +177,13 @@ def load_checkpoint(path, device="cpu"):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged is not None:
-            raise UsageError(f"{path}: damaged, the checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except UsageError:
-        raise
     except Exception as error:  # zipfile and torch.load have a dozen kinds of errors for a damaged file
         raise UsageError(f"{path}: not a checkpoint, or a damaged one") from error
+    if damaged:
+        raise UsageError(f"{path}: damaged, the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UsageError(f"{path}: not a checkpoint of this train.py")
     if checkpoint["format"] != FORMAT:

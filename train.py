@@ -165,7 +165,7 @@ def train_epoch(network, batches, optimizer, scaler, dtype, args, epoch, progres
         for group in optimizer.param_groups:
             group["lr"], group["momentum"] = lr, momentum
         totals += train_step(network, batch, optimizer, scaler, dtype, args.label_smoothing)
-        # Reading totals waits for the device, so it is read only when there is something to show, or at the end.
+        # Reading totals waits for the device, so it is read once a second, and at the end.
         if progress.due() or index == len(batches) - 1:
             loss, _, count = totals.tolist()
             if not math.isfinite(loss):
@@ -213,13 +213,18 @@ class Progress:
     """The line that moves while an epoch runs; in a log file it becomes a line a minute."""
 
     def __init__(self, quiet=False):
-        self.quiet, self.moves, self.shown = quiet, sys.stdout.isatty(), time.monotonic()
+        self.quiet, self.moves = quiet, sys.stdout.isatty()
+        self.looked = self.shown = time.monotonic()
 
     def due(self):
-        return time.monotonic() - self.shown > (1 if self.moves else 60)
+        """True once a second."""
+        if time.monotonic() - self.looked < 1:
+            return False
+        self.looked = time.monotonic()
+        return True
 
     def show(self, text):
-        if self.due() and not self.quiet:
+        if not self.quiet and (self.moves or time.monotonic() - self.shown > 60):
             print(f"{text:99}", end="\r" if self.moves else "\n", flush=True)
             self.shown = time.monotonic()
 
