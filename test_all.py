@@ -21,6 +21,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,6 +348,22 @@ class TinyImageNet(InFolder):
         with mock.patch.object(torch, "save", side_effect=PermissionError(13, "read-only")):
             self.assertEqual(len(self.load().labels), 56)
         self.assertIn("cannot be written", self.said)
+
+    def test_a_picture_of_fewer_than_five_classes_or_images(self):
+        self.assertEqual(call(data, "--out", "samples.png")[0], 0)
+        with Image.open("samples.png") as picture:
+            self.assertEqual(picture.height, 4 * 192)  # a row for each of the four classes
+        shutil.rmtree("data")
+        write_tree(self.tree, train_images=1, val_images=1)
+        self.assertEqual(call(data, "--out", "samples.png")[0], 0)
+
+    def test_what_cannot_be_written_is_one_line(self):
+        Path("file").write_text("mine")
+        for arguments in (("--out", "file/x.png"), ("--export-coco", "file/x.json")):
+            code, out, err = call(data, *arguments)
+            self.assertEqual((code, len(err.splitlines())), (2, 1), err)
+            self.assertIn(f"{arguments[1]}: cannot be written (Not a directory)", err)
+        self.assertEqual(Path("file").read_text(), "mine")
 
     def test_the_boxes_become_a_coco_file(self):
         code, out, err = call(data, "--export-coco", "boxes.json")
@@ -968,6 +985,11 @@ class GradCamCommand(unittest.TestCase):
         expected = [f"{100 * p:7.1f} %  {self.dataset.class_names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist())]
         self.assertEqual(out.splitlines()[1:6], expected)
         self.assertTrue((self.folder / "pictures.png").exists())
+        os.rename(self.folder / "own.png", self.folder / "猫$\\frac|.png")  # not in the font; no formula
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            self.assertEqual(self.command(self.folder, self.folder / "猫$\\frac|.png")[0], 0)
+        self.assertEqual([str(w.message) for w in caught if w.category is UserWarning], [])
 
     def test_bad_input_is_one_line_that_names_the_file(self):
         (self.folder / "notes.txt").write_text("not\na picture")
