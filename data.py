@@ -18,6 +18,7 @@ import tempfile
 import time
 import urllib.error
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -134,7 +135,7 @@ def find_or_download(data_dir):
         with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
             extract_archive(archive, temporary)
             os.replace(Path(temporary) / FOLDER, folder)
-    except (zipfile.BadZipFile, EOFError, FileNotFoundError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
         raise DataError(f"{archive}: not the whole zip file ({error}): delete it and start again") from error
     except OSError as error:
         raise DataError(f"{data_dir}: cannot be written ({error}): name another folder with --data-dir") from error
@@ -352,10 +353,17 @@ def mean_and_std(device):
     return [torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD)]
 
 
+@functools.cache  # one copy, however many Batches share it
+def resident(images, device):
+    """The images on the device if that is a GPU with room for them, else where they are."""
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return images.to(device) if fits else images
+
+
 class Batches:
     """The images of a split, in batches on the device.
 
-    The whole data set stays in memory as uint8, on the device where it fits, so that a batch costs one gather and a few
+    The whole data set stays in memory as uint8, on a GPU's where it fits, so that a batch costs one gather and a few
     operations on the device, and needs no worker processes. What is drawn for an epoch depends on seed and epoch alone:
     a resumed run sees what the uninterrupted one would have seen, on any device.
 
@@ -371,9 +379,8 @@ class Batches:
         # As many batches as needed, all of them of nearly the same size: no last one of a single image, on which
         # BatchNorm has no variance to divide by.
         self.count = math.ceil(len(indices) / batch_size)
-        self.images, self.labels, self.indices = dataset.images, dataset.labels, indices
-        if self.device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
-            self.images, self.labels, self.indices = (t.to(self.device) for t in (self.images, self.labels, indices))
+        self.images = resident(dataset.images, self.device)
+        self.labels, self.indices = dataset.labels.to(self.images.device), indices.to(self.images.device)
 
     def __len__(self):
         return self.count
@@ -390,8 +397,8 @@ class Batches:
             patch = random_patches(total, self.cutmix, generator).to(self.device)
         for batch in range(self.count):
             part = slice(batch * total // self.count + self.rank, (batch + 1) * total // self.count, self.world_size)
-            images = self.images[order[part]].to(self.device, non_blocking=True)
-            labels = self.labels[order[part]].to(self.device, non_blocking=True)
+            images = self.images[order[part]].to(self.device)
+            labels = self.labels[order[part]].to(self.device)
             if self.augment:
                 yield cut_mix(prepare(images, resolution, theta[part]), labels, patch[part])
             else:
@@ -406,8 +413,8 @@ def random_crops(count, min_area, generator):
     """
     uniform = torch.rand(5, count, generator=generator)
     area = min_area + (1 - min_area) * uniform[0]
-    ratio = (4 / 3) ** (2 * uniform[1] - 1)  # of width to height
-    scale = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)  # (N, 2): width, height
+    ratio = ((4 / 3) ** (2 * uniform[1] - 1)).clamp(area, 1 / area)  # of width to height; neither may exceed the image's
+    scale = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1)  # (N, 2): width, height
     centre = (2 * uniform[2:4].T - 1) * (1 - scale)
     theta = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)
     theta[:, 0, 0] *= (uniform[4] < 0.5) * 2 - 1  # -1 is the mirror image
@@ -493,6 +500,8 @@ def main():
     parser.add_argument("--out", default="samples.png", help="the picture's file")
     parser.add_argument("--export-coco", metavar="FILE", help="write the boxes as a COCO file instead of a picture")
     args = parser.parse_args()
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
     try:
         start = time.perf_counter()
         dataset = load(args.dataset, args.data_dir, args.seed)

@@ -3,7 +3,7 @@
     python model.py                               # ResNet18 and CustomResNet on 64x64 images, layer by layer
     python model.py --stem-stride 4 --image-size 224 --num-classes 1000     # the ResNet18 of ImageNet
 
-prints for each layer its output shape, parameters, receptive field and multiply-adds, and ends with
+prints for each layer its output shape, parameters, receptive field and multiply-adds, and says
 `ResNet18: 11,279,112 parameters` and `CustomResNet: 4,106,952 parameters`.
 """
 import argparse
@@ -288,6 +288,8 @@ def main():
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels; 64, as Tiny ImageNet has")
     parser.add_argument("--stem-stride", type=int, default=2, choices=(4, 2, 1), help="of ResNet18; 2, as train.py has it")
     args = parser.parse_args()
+    if args.image_size < 18 or args.image_size % 2 or args.num_classes < 1:
+        parser.error("--image-size must be even and at least 18, --num-classes at least 1")
     for name in MODELS:
         print_table(create(name, args.num_classes, args.stem_stride), args.image_size)
     print("CustomResNet's receptive field is often given as 122. That number comes from adding up every layer in the order\n"

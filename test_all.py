@@ -505,8 +505,9 @@ class SplitsAndBatches(unittest.TestCase):
         self.assertGreater(area.min(), 0.299)
         self.assertLess((area < 0.31).float().mean(), 0.05)
         self.assertGreater((area < 0.4).float().mean(), 0.1)
-        for ratio, share in (((width / height), 4 / 3), ((height / width), 4 / 3)):
-            self.assertLessEqual(ratio.max(), share + 1e-4)
+        self.assertLessEqual(torch.maximum(width / height, height / width).max(), 4 / 3 + 1e-4)
+        whole = data.random_crops(100, 1.0, torch.Generator().manual_seed(0))
+        self.assertTrue(torch.equal(whole.abs(), torch.eye(2, 3).expand(100, 2, 3)))
 
     def test_cutmix_shares_the_label_out_as_the_pixels(self):
         images = torch.arange(4.)[:, None, None, None].expand(4, 3, 20, 20)
@@ -620,9 +621,10 @@ class Training(InFolder):
             code, out, err = call(train, "--find-lr", "--out", "lr.png", *FLAGS)
         self.assertEqual((code, err), (0, ""))
         rows = re.findall(r"learning rate +([0-9.]+), loss ([0-9.]+)", out)
+        rates, losses = (np.array(column, float) for column in zip(*rows))
+        means = [losses[max(0, i - 5):i + 6].mean() for i in range(len(rows))]
         suggested = float(re.search(r"lowest at ([0-9.e+-]+):", out)[1])
-        nearest = min(rows, key=lambda row: abs(float(row[0]) / suggested - 1))
-        self.assertEqual(float(nearest[1]), min(float(loss) for _, loss in rows))
+        self.assertAlmostEqual(means[np.abs(rates / suggested - 1).argmin()], min(means), delta=2e-3)
         self.assertEqual((float(rows[0][0]), len({rate for rate, _ in rows})), (0.001, len(rows)))
         self.assertEqual(Path("lr.png").read_bytes()[:4], b"\x89PNG")
 

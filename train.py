@@ -3,7 +3,7 @@
     python train.py                                   # Tiny ImageNet, 70/30, ResNet18, 50 epochs; CUDA, else MPS, else CPU
     python train.py --dataset shapes                  # no download: the whole road in minutes, also on a laptop's CPU
     python train.py --resume runs/tiny-imagenet-resnet18
-    torchrun --nproc_per_node=4 train.py              # several GPUs of one machine, or several machines
+    torchrun --nproc_per_node=4 train.py              # several GPUs of one machine
     python train.py --find-lr                         # which peak learning rate? the loss against the rate, as a picture
     python train.py --benchmark                       # images/s of these flags on this machine, and where the time goes
 
@@ -12,6 +12,7 @@ history.csv, last.pt, best.pt, curves.png, misclassified.png, gradcam.png and re
 """
 import argparse
 import csv
+import datetime
 import itertools
 import math
 import os
@@ -138,7 +139,10 @@ def train_step(network, batch, optimizer, scaler, dtype, smoothing):
 
 
 def tally(log_probabilities, labels):
-    """(3,) on the device: summed loss without label smoothing, number of right answers, number of images."""
+    """(3,) on the device: summed loss without label smoothing, number of right answers, number of images.
+
+    Of images with a patch of another one, only their own label counts.
+    """
     right = (log_probabilities.argmax(dim=1) == labels).sum()
     count = torch.full_like(right, len(labels))
     return torch.stack([F.nll_loss(log_probabilities, labels, reduction="sum"), right, count])
@@ -361,12 +365,12 @@ def benchmark(network, batches, optimizer, scaler, dtype, args):
     def synchronised(work):
         start = time.perf_counter()
         work()
-        if batches.device.type == "cuda":
-            torch.cuda.synchronize()
+        if batches.device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter() - start
 
     def loop(source, count):
-        for batch, _ in zip(source, range(count)):
+        for _, batch in zip(range(count), source):
             train_step(network, batch, optimizer, scaler, dtype, args.label_smoothing)
 
     network.train()
@@ -375,6 +379,7 @@ def benchmark(network, batches, optimizer, scaler, dtype, args):
     for resolution in sorted(set(args.resolutions)):
         bare, real, stages = [], [], []
         resident = next(batches.epoch(1, resolution))
+        loop([resident] * 2, 2)  # what is done once, at the start, is not part of a step
         steps = max(1, min(round(1 / max(synchronised(lambda: loop([resident] * 2, 2)) / 2, 1e-3)), len(batches)))
         for _ in range(9):
             bare.append(synchronised(lambda: loop([resident] * steps, steps)))
@@ -406,24 +411,26 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
     """
     network.train()
     source = itertools.chain.from_iterable(batches.epoch(epoch, args.resolutions[0]) for epoch in itertools.count(1))
-    rates, losses, average = [], [], 0.0
+    rates, losses = [], []
     for step, batch in zip(range(steps), source):
         rates.append(10 ** (-3 + 4 * step / (steps - 1)))  # 0.001 ... 10
         for group in optimizer.param_groups:
             group["lr"], group["momentum"] = rates[-1], 0.85  # the momentum that goes with the peak of one_cycle
         loss, _, count = train_step(network, batch, optimizer, scaler, dtype, args.label_smoothing).tolist()
-        average = 0.9 * average + 0.1 * loss / count
-        losses.append(average / (1 - 0.9 ** (step + 1)))  # the mean of about ten steps; the divisor makes up for the 0
-        print(f"step {step + 1:3} of {steps}: learning rate {rates[-1]:8.4f}, loss {losses[-1]:.3f}", flush=True)
         if not math.isfinite(loss):
             break
+        losses.append(loss / count)
+        print(f"step {step + 1:3} of {steps}: learning rate {rates[-1]:8.4f}, loss {losses[-1]:.3f}", flush=True)
+    # The mean of five steps on either side: one that looked back only would find the minimum too late.
+    losses = F.avg_pool1d(torch.tensor([losses]), 11, 1, 5, count_include_pad=False)[0].tolist()
+    rates = rates[:len(losses)]
     best = rates[losses.index(min(losses))]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.semilogx(rates, losses)
     axis.axvline(best, color="tab:green", linestyle="--", label=f"lowest loss: {best:.2g}")
     axis.axvline(args.max_lr, color="tab:grey", linestyle=":", label=f"--max-lr {args.max_lr:g}")
     axis.set(title=f"Learning-rate range test, batches of {args.batch_size}", xlabel="learning rate",
-             ylabel="training loss, mean of about ten steps")
+             ylabel="training loss, mean of eleven steps")
     axis.set_ylim(top=min(1.02 * max(losses), 1.2 * losses[0]))
     axis.grid(alpha=0.3)
     axis.legend()
@@ -466,7 +473,8 @@ def parse_arguments(argv=None):
         help="auto takes the lowest that the device computes natively")
     add("--seed", type=int, default=0, help="of the split, the weights and the augmentation; 0 for repeatable runs")
     add("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
-    add("--out", help="the run's folder: a new one, runs/DATASET-MODEL, so that no run overwrites another")
+    add("--out", help="the run's folder: a new one, runs/DATASET-MODEL, so that no run overwrites another;\nwith "
+                      "--find-lr the picture's file")
     add("--resume", metavar="DIR", help="go on after the last finished epoch of the run in this folder, with its flags")
     add("--compile", action="store_true", help="let torch.compile fuse operations, after a minute of compiling: on two CPU "
                                                 "cores\nit gained nothing, on a GPU it is worth a try")
@@ -506,7 +514,8 @@ def start_processes(device_name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        hours = datetime.timedelta(hours=3)  # to wait for the first process, which may have to download
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours)
     return rank, world_size, device
 
 
@@ -529,6 +538,8 @@ def new_folder(args):
 
 def run(args, checkpoint):
     rank, world_size, device = start_processes(args.device)
+    if world_size > 1 and (args.benchmark or args.find_lr):
+        raise UsageError("--benchmark and --find-lr measure a single process: start them without torchrun")
     say = print if rank == 0 else lambda *_, **__: None
     if rank > 0:
         dist.barrier()  # the first process downloads, decodes and caches; the others wait, and find the cache
@@ -543,22 +554,24 @@ def run(args, checkpoint):
     # Kernels that give the same sums in the same order: resuming ends bit for bit where the whole run ends.
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(args.seed)
-    network = model.create(args.model, len(dataset.class_names), args.stem_stride)
-    network = network.to(device, memory_format=torch.channels_last)
+    source = Path(args.resume or ".") / "last.pt"
+    if checkpoint is None:
+        network = model.create(args.model, len(dataset.class_names), args.stem_stride)
+        network = network.to(device, memory_format=torch.channels_last)
+    elif checkpoint["classes"] != dataset.class_names:
+        raise UsageError(f"{source}: trained on {len(checkpoint['classes'])} classes that are not the "
+                         f"{len(dataset.class_names)} of {args.dataset}: give the --data-dir it was trained on")
+    else:
+        network = model.restore(checkpoint, source, device)
     optimizer = make_optimizer(network, args.weight_decay)
     dtype = choose_dtype(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = []
     if checkpoint is not None:
-        source = Path(args.resume) / "last.pt"
-        if checkpoint["classes"] != dataset.class_names:
-            raise UsageError(f"{source}: trained on {len(checkpoint['classes'])} classes that are not the "
-                             f"{len(dataset.class_names)} of {args.dataset}: give the --data-dir it was trained on")
-        model.restore(checkpoint, source)  # raises if the weights do not fit
-        network.load_state_dict(checkpoint["model"])
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["scaler"]:  # empty without fp16
+                scaler.load_state_dict(checkpoint["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise UsageError(f"{source}: its optimizer does not fit its network ({error}): start a new run") from error
         history = checkpoint["history"]
@@ -605,7 +618,7 @@ def run(args, checkpoint):
                 f"{history[-1]['seconds']:.0f} s", flush=True)
             if rank == 0:
                 # last.pt comes last: a run that is killed in between repeats the epoch, and writes the same again.
-                if val_accuracy >= max(row["val_accuracy"] for row in history):
+                if val_accuracy > max((row["val_accuracy"] for row in history[:-1]), default=-1):
                     save(folder / "best.pt", state(epoch))
                 write_history(history, folder / "history.csv")
                 draw_curves(history, folder / "curves.png")
@@ -634,7 +647,8 @@ def finish(folder, args, network, dataset, train, val, history, device, device_n
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
     gradcam.draw_misclassified(network, dataset, val, resolution, device, folder / "gradcam.png")
-    some = val if device.type == "cuda" else val[torch.randperm(len(val))[:1000]]  # a CPU would take minutes for all
+    shuffled = val[torch.randperm(len(val), generator=torch.Generator().manual_seed(0))]
+    some = val if device.type == "cuda" else shuffled[:1000]  # a CPU would take minutes for all
     table = gradcam.evaluate(network, dataset, some, resolution, device)
     write_report(folder, args, dataset, val, predicted, history, plain, mirrored, device_name, dtype, table)
     print(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
