@@ -330,7 +330,7 @@ def write_report(folder, args, dataset, val, predicted, history, plain, mirrored
         f"{best['val_accuracy']:.2%}; it was chosen on the validation images, so the final figure is the fair one.", "",
         f"With the mean over each image and its mirror image: {mirrored:.2%}.", "",
         f"On training images as they are the network is right in {plain:.2%} of cases, {100 * gap:+.1f} points; on "
-        f"augmented ones, some with a patch of another class, in {last['train_accuracy']:.2%}. {verdict}", "",
+        f"augmented ones in {last['train_accuracy']:.2%}. {verdict}", "",
         "| | |", "| --- | --- |",
         f"| command | `{args.command}` |",
         f"| data | {dataset.name}, split {args.split}: {len(dataset.labels) - len(val):,} training and {len(val):,} "
@@ -411,7 +411,7 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
     """
     network.train()
     source = itertools.chain.from_iterable(batches.epoch(epoch, args.resolutions[0]) for epoch in itertools.count(1))
-    rates, losses = [], []
+    rates, losses, lowest = [], [], math.inf
     for step, batch in zip(range(steps), source):
         rates.append(10 ** (-3 + 4 * step / (steps - 1)))  # 0.001 ... 10
         for group in optimizer.param_groups:
@@ -421,6 +421,10 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
             break
         losses.append(loss / count)
         print(f"step {step + 1:3} of {steps}: learning rate {rates[-1]:8.4f}, loss {losses[-1]:.3f}", flush=True)
+        recent = statistics.mean(losses[-11:])
+        lowest = min(lowest, recent)
+        if step > 10 and recent > 1.02 * lowest:  # broken; what comes then says nothing about learning
+            break
     # The mean of five steps on either side: one that looked back only would find the minimum too late.
     losses = F.avg_pool1d(torch.tensor([losses]), 11, 1, 5, count_include_pad=False)[0].tolist()
     rates = rates[:len(losses)]
@@ -435,8 +439,8 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
     axis.grid(alpha=0.3)
     axis.legend()
     save_figure(figure, path)
-    print(f"The loss is lowest at {best:.2g}: a good --max-lr, as OneCycle comes there slowly and soon leaves it again\n"
-          f"wrote {path}")
+    print(f"The loss is lowest at {best:.2g}: a --max-lr of once to twice that is good, as OneCycle comes there slowly and "
+          f"soon\nleaves it again\nwrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
