@@ -353,7 +353,7 @@ def mean_and_std(device):
     return [torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD)]
 
 
-@functools.cache  # one copy, however many Batches share it
+@functools.lru_cache(maxsize=1)  # one copy, however many Batches share it; an earlier data set is let go
 def resident(images, device):
     """The images on the device if that is a GPU with room for them, else where they are."""
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2

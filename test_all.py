@@ -432,6 +432,17 @@ class Download(InFolder):
             Path("data/tiny-imagenet-200.zip").write_bytes(self.zip[:int(len(self.zip) * share)])
             self.assertIn("tiny-imagenet-200.zip: not the whole zip file", self.refused())
 
+    def test_a_zip_file_whose_compressed_data_is_damaged_is_named(self):
+        Path("data").mkdir()
+        path = Path("data/tiny-imagenet-200.zip")
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("tiny-imagenet-200/wnids.txt", "n01\n" * 1000)
+        damaged = bytearray(path.read_bytes())
+        damaged[30 + len("tiny-imagenet-200/wnids.txt")] = 0xFF  # the first byte of the stream: no such kind of block
+        path.write_bytes(damaged)
+        self.assertIn("tiny-imagenet-200.zip: not the whole zip file", self.refused())
+        self.assertFalse(Path("data/tiny-imagenet-200").exists())
+
 
 def numbered(count, classes=2):
     """A data set whose image i has i as its red and green values: i % 256 and i // 256."""

@@ -425,6 +425,8 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
         lowest = min(lowest, recent)
         if step > 10 and recent > 1.02 * lowest:  # broken; what comes then says nothing about learning
             break
+    if not losses:
+        raise UsageError("the loss of the very first step is not a number: try --precision fp32")
     # The mean of five steps on either side: one that looked back only would find the minimum too late.
     losses = F.avg_pool1d(torch.tensor([losses]), 11, 1, 5, count_include_pad=False)[0].tolist()
     rates = rates[:len(losses)]
