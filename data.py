@@ -60,7 +60,8 @@ def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
     if classes is None or classes >= len(dataset.class_names):
         return dataset
     kept = dataset.labels < classes
-    return Dataset(name, *(column[kept] for column in dataset[1:5]), dataset.wnids[:classes], dataset.class_names[:classes])
+    columns = (column[kept] for column in dataset[1:5])
+    return Dataset(name, *columns, dataset.wnids[:classes], dataset.class_names[:classes])
 
 
 def split(dataset, kind="70-30", seed=0):
@@ -175,7 +176,8 @@ def list_files(folder):
     for wnid in wnids:
         table = folder / "train" / wnid / f"{wnid}_boxes.txt"
         boxes = {name: box(table, numbers) for name, *numbers in read_table(table, 5)}
-        rows += [(file, label_of[wnid], find(boxes, file, table), False) for file in scan(folder / "train" / wnid / "images")]
+        files = scan(folder / "train" / wnid / "images")
+        rows += [(file, label_of[wnid], find(boxes, file, table), False) for file in files]
     table = folder / "val" / "val_annotations.txt"
     annotations = {name: (wnid, box(table, numbers)) for name, wnid, *numbers in read_table(table, 6)}
     for file in scan(folder / "val" / "images"):
@@ -215,7 +217,8 @@ def box(path, numbers):
         x0, y0, x1, y1 = (int(number) for number in numbers)
         if 0 <= x0 <= x1 < SIZE and 0 <= y0 <= y1 < SIZE:
             return x0, y0, x1 + 1, y1 + 1
-    raise DataError(f"{path}: a box of {' '.join(numbers)[:60]!r}: must be left, top, right and bottom in 0 ... {SIZE - 1}")
+    shown = " ".join(numbers)[:60]
+    raise DataError(f"{path}: a box of {shown!r}: must be left, top, right, bottom in 0 ... {SIZE - 1}")
 
 
 def find(table, file, path):
@@ -333,7 +336,7 @@ def stripes(rng, pixel):
 
 
 def prepare(images, resolution, theta=None):
-    """Images (N, 3, H, W) uint8 -> what the network is fed: (N, 3, resolution, resolution) float32, mean 0, deviation 1.
+    """Images (N, 3, H, W) uint8 -> what the network is fed: (N, 3, resolution, resolution) float32, normalised.
 
     theta (N, 2, 3) maps each place of the result to the place in the image that it is taken from, both in [-1, 1]: one
     matrix that crops, mirrors and resizes at once (Jaderberg et al. 2015, "Spatial Transformer Networks",
@@ -386,8 +389,8 @@ class Batches:
         return self.count
 
     def epoch(self, epoch, resolution):
-        """Yields images (B, 3, resolution, resolution) float32, labels (B,) int64 and, of images with a patch of another
-        image, the other's labels (B,) and the share (B,) of the image that is left of the first: every index once."""
+        """Yields images (B, 3, resolution, resolution) float32, labels (B,) int64 and, of images with a patch of
+        another one, the other's labels (B,) and the share (B,) that is left of the first: every index once."""
         total, order = len(self.indices), self.indices
         if self.augment:
             # Drawn on the CPU, whose random numbers are the same everywhere, for the whole epoch at once.
@@ -413,7 +416,8 @@ def random_crops(count, min_area, generator):
     """
     uniform = torch.rand(5, count, generator=generator)
     area = min_area + (1 - min_area) * uniform[0]
-    ratio = ((4 / 3) ** (2 * uniform[1] - 1)).clamp(area, 1 / area)  # of width to height; neither may exceed the image's
+    # Width to height: 3/4 ... 4/3, and less where one of them would exceed the image's.
+    ratio = ((4 / 3) ** (2 * uniform[1] - 1)).clamp(area, 1 / area)
     scale = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1)  # (N, 2): width, height
     centre = (2 * uniform[2:4].T - 1) * (1 - scale)
     theta = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)
@@ -422,7 +426,7 @@ def random_crops(count, min_area, generator):
 
 
 def val_resolution(resolution, min_crop):
-    """The side at which to show whole images to a network that has learned from crops of at least min_crop at resolution.
+    """The side at which to show whole images to a network that learned from crops of at least min_crop at resolution.
 
     A crop magnifies its object. Whole images of the same side show it smaller than any the network has seen, and cost
     accuracy; they have to be larger by what the average crop magnifies (Touvron et al. 2019, "Fixing the train-test
@@ -447,7 +451,8 @@ def cut_mix(images, labels, patch):
     """
     size = images.shape[-1]
     pixel = (torch.arange(size, device=images.device) + 0.5) / size
-    rows, columns = ((pixel - patch[:, axis, None]).abs() < patch[:, 2, None] / 2 for axis in (0, 1))  # (N, H) and (N, W)
+    # Which rows (N, H) and which columns (N, W) the patch covers.
+    rows, columns = ((pixel - patch[:, axis, None]).abs() < patch[:, 2, None] / 2 for axis in (0, 1))
     mask = (rows[:, :, None] & columns[:, None, :])[:, None]
     return torch.where(mask, images.flip(0), images), labels, labels.flip(0), 1 - mask.float().mean((1, 2, 3))
 

@@ -105,7 +105,10 @@ class CustomLayer(nn.Module):
 
 
 class CustomResNet(nn.Module):
-    """The assignment's second network: images (N, 3, H, W) float, H and W even and at least 18 -> logits (N, num_classes)."""
+    """The assignment's second network: images (N, 3, H, W) float -> logits (N, num_classes).
+
+    H and W are even and at least 18.
+    """
 
     def __init__(self, num_classes=200):
         super().__init__()
@@ -124,7 +127,7 @@ class CustomResNet(nn.Module):
 
 
 def initialise(network):
-    """Draws convolution weights so that the variance of the signal survives a ReLU (He et al. 2015, arXiv:1502.01852)."""
+    """Draws convolution weights so that the signal's variance survives a ReLU (He et al. 2015, arXiv:1502.01852)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -145,7 +148,8 @@ def create(name, num_classes, stem_stride=2):
 
 
 FORMAT = 2  # of checkpoints: goes up whenever a checkpoint of before would no longer do
-CONTENT = {"config": dict, "classes": list, "epoch": int, "history": list, "model": dict, "optimizer": dict, "scaler": dict}
+CONTENT = {"config": dict, "classes": list, "epoch": int, "history": list, "model": dict, "optimizer": dict,
+           "scaler": dict}
 
 
 class UsageError(ValueError):
@@ -187,8 +191,8 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UsageError(f"{path}: not a checkpoint of this train.py")
     if checkpoint["format"] != FORMAT:
-        raise UsageError(f"{path}: has format {checkpoint['format']}, this train.py reads {FORMAT}: use the version that wrote it, "
-                         "or train anew")
+        raise UsageError(f"{path}: has format {checkpoint['format']}, this train.py reads {FORMAT}: use the version "
+                         "that wrote it, or train anew")
     for key, kind in CONTENT.items():
         if not isinstance(checkpoint.get(key), kind):
             raise UsageError(f"{path}: not a checkpoint of this train.py: {key!r} is missing or no {kind.__name__}")
@@ -196,13 +200,14 @@ def load_checkpoint(path, device="cpu"):
 
 
 def restore(checkpoint, path, device="cpu"):
-    """The network of a checkpoint with its weights, in eval mode; raises UsageError naming path if they do not fit it."""
+    """The network of a checkpoint, in eval mode; raises UsageError that names path if the weights do not fit it."""
     config = checkpoint["config"]
     network = create(config["model"], len(checkpoint["classes"]), config["stem_stride"])
     try:
         network.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise UsageError(f"{path}: its weights do not fit {config['model']}: {str(error).splitlines()[1].strip()}") from error
+        reason = str(error).splitlines()[1].strip()
+        raise UsageError(f"{path}: its weights do not fit {config['model']}: {reason}") from error
     return network.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -217,7 +222,7 @@ class Layers(fx.Interpreter):
     it keeps which input pixels can reach it, in one dimension: (first, last) pixel that position 0 sees, and the jump
     in pixels from one position to the next. A kernel widens that span by its extent in jumps, a stride multiplies the
     jump, and where two paths meet the span is the union of theirs: layers on *parallel* paths do not add up. (Araujo
-    et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks", https://distill.pub/2019/computing-receptive-fields)
+    et al. 2019, https://distill.pub/2019/computing-receptive-fields)
     """
 
     def __init__(self, network):
@@ -256,7 +261,7 @@ class Layers(fx.Interpreter):
 
 
 def layers(network, image_size=64):
-    """The rows of the table for images (1, 3, image_size, image_size): see Layers.rows. The network is left as it was."""
+    """The table's rows for images (1, 3, image_size, image_size): see Layers.rows. The network is left as it was."""
     was_training = network.training
     interpreter = Layers(network.eval())
     with torch.no_grad():
@@ -286,15 +291,15 @@ def main():
     parser = argparse.ArgumentParser(description="Prints the networks, layer by layer.")
     parser.add_argument("--num-classes", type=int, default=200, help="200, as Tiny ImageNet has")
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels; 64, as Tiny ImageNet has")
-    parser.add_argument("--stem-stride", type=int, default=2, choices=(4, 2, 1), help="of ResNet18; 2, as train.py has it")
+    parser.add_argument("--stem-stride", type=int, default=2, choices=(4, 2, 1), help="of ResNet18; 2, as in train.py")
     args = parser.parse_args()
     if args.image_size < 18 or args.image_size % 2 or args.num_classes < 1:
         parser.error("--image-size must be even and at least 18, --num-classes at least 1")
     for name in MODELS:
         print_table(create(name, args.num_classes, args.stem_stride), args.image_size)
-    print("CustomResNet's receptive field is often given as 122. That number comes from adding up every layer in the order\n"
-          "in which it is printed, as if the two paths of a CustomLayer followed one another. They run side by side: a\n"
-          "pixel reaches the sum through one or the other, and the longer path alone counts. That gives 38.")
+    print("CustomResNet's receptive field is often given as 122. That number comes from adding up every layer in the\n"
+          "order in which it is printed, as if the two paths of a CustomLayer followed one another. They run side by\n"
+          "side: a pixel reaches the sum through one or the other, and the longer path alone counts. That gives 38.")
 
 
 if __name__ == "__main__":

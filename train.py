@@ -1,10 +1,10 @@
 """Trains a network and reports on it: python train.py, and everything is in runs/tiny-imagenet-resnet18/report.md.
 
-    python train.py                                   # Tiny ImageNet, 70/30, ResNet18, 50 epochs; CUDA, else MPS, else CPU
+    python train.py                                   # Tiny ImageNet, 70/30 split, ResNet18, 50 epochs
     python train.py --dataset shapes                  # no download: the whole road in minutes, also on a laptop's CPU
     python train.py --resume runs/tiny-imagenet-resnet18
     torchrun --nproc_per_node=4 train.py              # several GPUs of one machine
-    python train.py --find-lr                         # which peak learning rate? the loss against the rate, as a picture
+    python train.py --find-lr                         # which peak learning rate? find-lr.png
     python train.py --benchmark                       # images/s of these flags on this machine, and where the time goes
 
 prints a line per epoch (loss and accuracy on the training and the validation images) and writes into the run's folder
@@ -102,7 +102,7 @@ def make_optimizer(network, weight_decay):
 def choose_dtype(precision, device):
     """The type in which convolutions compute: what was asked for, else the lowest that the device computes natively.
 
-    bf16 is emulated, slowly, by CPUs without instructions for it and by GPUs before Ampere (a T4, say), which have fp16.
+    bf16 is emulated, slowly, by CPUs without instructions for it and by GPUs before Ampere; a T4, say, has fp16.
     """
     if precision == "auto":
         precision = "fp32"
@@ -173,8 +173,8 @@ def train_epoch(network, batches, optimizer, scaler, dtype, args, epoch, progres
         if progress.due() or index == len(batches) - 1:
             loss, _, count = totals.tolist()
             if not math.isfinite(loss):
-                raise UsageError(f"the loss is {loss / count} in epoch {epoch}, near step {index} of {len(batches)}, at "
-                                 f"learning rate {lr:.3g}: try --max-lr {args.max_lr / 10:g} or --precision fp32")
+                raise UsageError(f"the loss is {loss / count} in epoch {epoch}, near step {index} of {len(batches)}, "
+                                 f"at learning rate {lr:.3g}: try --max-lr {args.max_lr / 10:g} or --precision fp32")
             done, seconds = (index + 1) / len(batches), time.monotonic() - start
             rate = done * len(batches.indices) / seconds
             progress.show(f"epoch {epoch:2}  {done:4.0%}  {rate:,.0f} images/s at {resolution} pixels  "
@@ -193,7 +193,8 @@ def evaluate(network, batches, resolution, dtype, progress, mirror=False):
     for index, (images, labels, *_) in enumerate(batches.epoch(0, resolution)):
         log_probabilities = forward(network, images, dtype)
         if mirror:
-            log_probabilities = torch.logaddexp(log_probabilities, forward(network, images.flip(3), dtype)) - math.log(2)
+            mirrored = forward(network, images.flip(3), dtype)
+            log_probabilities = torch.logaddexp(log_probabilities, mirrored) - math.log(2)
         totals += tally(log_probabilities, labels)
         predictions.append(log_probabilities.max(dim=1))
         if progress.due():
@@ -203,12 +204,12 @@ def evaluate(network, batches, resolution, dtype, progress, mirror=False):
 
 
 def resolution_at(epoch, args):
-    """The side in pixels of the training images in an epoch, 1 ... epochs; the last one always has the last resolution."""
+    """The side in pixels of the training images in an epoch, 1 ... epochs; the last epoch has the last resolution."""
     return args.resolutions[-1 - (args.epochs - epoch) * len(args.resolutions) // args.epochs]
 
 
 def time_left(args, epoch, done, seconds):
-    """Seconds until the last step, when the share done of this epoch took seconds; an image costs what its pixels cost."""
+    """Seconds until the last step, when the share done of this epoch took seconds: an image costs by its pixels."""
     costs = [resolution_at(e, args)**2 for e in range(epoch, args.epochs + 1)]
     return seconds / done * (sum(costs) / costs[0] - done)
 
@@ -315,8 +316,9 @@ def write_report(folder, args, dataset, val, predicted, history, plain, mirrored
     last, best = history[-1], max(history, key=lambda row: row["val_accuracy"])
     names, labels = dataset.class_names, dataset.labels[val]
     gap = plain - last["val_accuracy"]
-    verdict = ("The network overfits: more augmentation or weight decay, or fewer epochs, should help." if gap > 0.2 else
-               "It generalises: longer training, less augmentation or a larger network may still gain.")
+    verdict = "It generalises: longer training, less augmentation or a larger network may still gain."
+    if gap > 0.2:
+        verdict = "The network overfits: more augmentation or weight decay, or fewer epochs, should help."
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
     confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)  # [actual, predicted]
     accuracy = confusion.diag() / confusion.sum(dim=1)
@@ -361,7 +363,7 @@ def write_report(folder, args, dataset, val, predicted, history, plain, mirrored
 
 
 def benchmark(network, batches, optimizer, scaler, dtype, args):
-    """Compares the real loop with bare steps on one batch that is already on the device, in turn, at each resolution."""
+    """Compares the real loop with bare steps on one batch that is on the device, in turn, at each resolution."""
     def synchronised(work):
         start = time.perf_counter()
         work()
@@ -407,7 +409,7 @@ def benchmark(network, batches, optimizer, scaler, dtype, args):
 
 def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
     """The learning-rate range test (Smith 2015, arXiv:1506.01186): the rate grows from step to step, and the loss tells
-    from which rate on the network learns, and from which on it breaks. Draws the loss into path, and suggests a --max-lr.
+    from which rate on the network learns, and from which on it breaks. Draws the loss into path, suggests a --max-lr.
     """
     network.train()
     source = itertools.chain.from_iterable(batches.epoch(epoch, args.resolutions[0]) for epoch in itertools.count(1))
@@ -441,51 +443,59 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
     axis.grid(alpha=0.3)
     axis.legend()
     save_figure(figure, path)
-    print(f"The loss is lowest at {best:.2g}: a --max-lr of once to twice that is good, as OneCycle comes there slowly and "
-          f"soon\nleaves it again\nwrote {path}")
+    print(f"The loss is lowest at {best:.2g}: a --max-lr of once to twice that is good, as OneCycle comes there\n"
+          f"slowly and soon leaves it again\nwrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Trains a network on Tiny ImageNet and reports on it.",
-                                     formatter_class=argparse.RawTextHelpFormatter)
+def make_parser():
+    parser = argparse.ArgumentParser(description="Trains a network on Tiny ImageNet and reports on it.")
     add = parser.add_argument
     add("--dataset", choices=RECIPES, default="tiny-imagenet", help="the assignment's; shapes needs no download")
     add("--data-dir", default="data", help="where Tiny ImageNet is, or is downloaded to")
     add("--split", choices=("70-30", "official"), default="70-30",
         help="70-30 is the assignment's; official (100,000/10,000) is what papers report")
-    add("--classes", type=int, help="train on the first so many classes only: 20 make a trial of minutes instead of hours")
-    add("--model", choices=model.MODELS, default="resnet18", help="resnet18 is the more accurate of the two, and faster")
+    add("--classes", type=int, help="train on the first so many classes only: 20 make a trial of minutes, not hours")
+    add("--model", choices=model.MODELS, default="resnet18", help="resnet18 is the faster and more accurate of the two")
     add("--stem-stride", type=int, choices=(4, 2, 1),
-        help="of ResNet18: 2 keeps four times the positions of the original's 4, which was\nmade for images of 224 pixels; "
-             "4 is three to four times as fast, the choice for\na CPU; 1 is four times slower (shapes: 4)")
+        help="of ResNet18: 2 keeps four times the positions of the original's 4, which was made for images of 224 "
+             "pixels; 4 is three to four times as fast, the choice for a CPU; 1 is four times slower (shapes: 4)")
     add("--resolutions", type=int, nargs="+", metavar="PIXELS",
-        help="image sides, sharing the epochs evenly: 32 48 64, because small images train\nseveral times as fast, and the "
-             "last ones decide (shapes: 48 64)")
+        help="image sides, sharing the epochs evenly: 32 48 64, because small images train several times as fast, and "
+             "the last ones decide (shapes: 48 64)")
     add("--epochs", type=int, help="50, as the assignment asks (shapes: 4)")
-    add("--batch-size", type=int, help="of all processes together: 256 keeps a GPU busy and is\nsmall enough for SGD to "
-                                       "generalise (shapes: 64, as its epochs are short)")
-    add("--max-lr", type=float, help="peak of OneCycle: 0.2 for batches of 256; --find-lr helps to choose (shapes: 0.1)")
+    add("--batch-size", type=int, help="of all processes together: 256 keeps a GPU busy and is small enough for SGD to "
+        "generalise (shapes: 64, as its epochs are short)")
+    add("--max-lr", type=float, help="peak of OneCycle: 0.2 for batches of 256; see --find-lr (shapes: 0.1)")
     add("--weight-decay", type=float, default=5e-4, help="5e-4, the usual value for SGD on small images")
     add("--label-smoothing", type=float, default=0.1, help="0.1, as the paper that introduced it has it")
-    add("--min-crop", type=float, help="smallest area of a training image's crop: 0.35 of the image's "
-                                       "(shapes: 1, for\na shape is recognised by all its parts)")
-    add("--cutmix", type=float, help="share of the training images that get a patch of another one, and of its label: 0.5 "
-                                     "(shapes: 0)")
+    add("--min-crop", type=float, help="smallest area of a training image's crop: 0.35 of the image's (shapes: 1, for "
+        "a shape is recognised by all its parts)")
+    add("--cutmix", type=float, help="share of the training images that get a patch of another one, and of its label: "
+        "0.5 (shapes: 0)")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
         help="auto takes the lowest that the device computes natively")
     add("--seed", type=int, default=0, help="of the split, the weights and the augmentation; 0 for repeatable runs")
     add("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
-    add("--out", help="the run's folder: a new one, runs/DATASET-MODEL, so that no run overwrites another;\nwith "
-                      "--find-lr the picture's file")
+    add("--out", help="the run's folder: a new one, runs/DATASET-MODEL, so that no run overwrites another; with "
+        "--find-lr the picture's file")
     add("--resume", metavar="DIR", help="go on after the last finished epoch of the run in this folder, with its flags")
-    add("--compile", action="store_true", help="let torch.compile fuse operations, after a minute of compiling: on two CPU "
-                                                "cores\nit gained nothing, on a GPU it is worth a try")
-    add("--find-lr", action="store_true", help="draw the loss against a growing learning rate instead of training: find-lr.png")
-    add("--benchmark", action="store_true", help="measure the speed of these flags instead of training")
+    add("--compile", action="store_true", help="let torch.compile fuse operations, after a minute of compiling: on two "
+        "CPU cores it gained nothing, on a GPU it is worth a try")
+    add("--find-lr", action="store_true", help="instead of training, draw the loss against a growing learning rate")
+    add("--benchmark", action="store_true", help="instead of training, measure the speed of these flags")
+    return parser
+
+
+def parse_arguments(argv=None):
+    """The flags, completed from the data set's recipe or from the run to be resumed, and that run's checkpoint or None.
+
+    Raises UsageError for values that cannot work.
+    """
+    parser = make_parser()
     args = parser.parse_args(argv)
     checkpoint = None
     if args.resume:
@@ -494,8 +504,8 @@ def parse_arguments(argv=None):
         args = parser.parse_args(argv)  # once more: the run's flags are the defaults now
         for key, value in checkpoint["config"].items():
             if getattr(args, key) != value and key != "data_dir":
-                raise UsageError(f"--resume {args.resume}: the run has --{key.replace('_', '-')} {value}, and a part of a "
-                                 f"run cannot have another: leave the flag out, or start a new run")
+                raise UsageError(f"--resume {args.resume}: the run has --{key.replace('_', '-')} {value}, and a part "
+                                 "of a run cannot have another: leave the flag out, or start a new run")
         args.command = checkpoint["config"]["command"]
     else:
         for key, value in RECIPES[args.dataset].items():
@@ -506,8 +516,9 @@ def parse_arguments(argv=None):
               "weight_decay": (0, 1), "label_smoothing": (0, 0.999), "min_crop": (0.01, 1), "cutmix": (0, 1),
               "seed": (0, 2**31)}
     for key, (low, high) in limits.items():
-        if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
-            raise UsageError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {low:g} and at most {high:g}")
+        value = getattr(args, key)
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"--{key.replace('_', '-')} {value}: must be at least {low:g} and at most {high:g}")
     if min(args.resolutions) < 18 or any(side % 2 for side in args.resolutions):
         raise UsageError(f"--resolutions {args.resolutions}: even numbers of at least 18 are needed")
     return args, checkpoint
@@ -542,11 +553,8 @@ def new_folder(args):
             raise UsageError(f"--out {folder}: {error.strerror}: name another folder") from error
 
 
-def run(args, checkpoint):
-    rank, world_size, device = start_processes(args.device)
-    if world_size > 1 and (args.benchmark or args.find_lr):
-        raise UsageError("--benchmark and --find-lr measure a single process: start them without torchrun")
-    say = print if rank == 0 else lambda *_, **__: None
+def load_data(args, rank, world_size):
+    """The data set, and the indices of its training and validation images. Raises UsageError."""
     if rank > 0:
         dist.barrier()  # the first process downloads, decodes and caches; the others wait, and find the cache
     dataset = data.load(args.dataset, args.data_dir, args.seed, args.classes)
@@ -554,40 +562,53 @@ def run(args, checkpoint):
         dist.barrier()
     train, val = data.split(dataset, args.split, args.seed)
     if not 2 * world_size <= args.batch_size <= len(train):
-        raise UsageError(f"--batch-size {args.batch_size}: must be at least {2 * world_size}, two images for each process, "
-                         f"and at most {len(train)}, the number of training images")
+        raise UsageError(f"--batch-size {args.batch_size}: must be at least {2 * world_size}, two images for each "
+                         f"process, and at most {len(train)}, the number of training images")
+    return dataset, train, val
 
-    # Kernels that give the same sums in the same order: resuming ends bit for bit where the whole run ends.
-    torch.backends.cudnn.deterministic = True
+
+def start_or_resume(args, checkpoint, classes, device, dtype):
+    """Network, optimizer, GradScaler and history (a list of rows), new or the checkpoint's. Raises UsageError."""
     torch.manual_seed(args.seed)
     source = Path(args.resume or ".") / "last.pt"
     if checkpoint is None:
-        network = model.create(args.model, len(dataset.class_names), args.stem_stride)
+        network = model.create(args.model, len(classes), args.stem_stride)
         network = network.to(device, memory_format=torch.channels_last)
-    elif checkpoint["classes"] != dataset.class_names:
-        raise UsageError(f"{source}: trained on {len(checkpoint['classes'])} classes that are not the "
-                         f"{len(dataset.class_names)} of {args.dataset}: give the --data-dir it was trained on")
+    elif checkpoint["classes"] != classes:
+        raise UsageError(f"{source}: trained on {len(checkpoint['classes'])} classes that are not the {len(classes)} "
+                         f"of {args.dataset}: give the --data-dir it was trained on")
     else:
         network = model.restore(checkpoint, source, device)
     optimizer = make_optimizer(network, args.weight_decay)
-    dtype = choose_dtype(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    history = []
-    if checkpoint is not None:
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"]:  # empty without fp16
-                scaler.load_state_dict(checkpoint["scaler"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UsageError(f"{source}: its optimizer does not fit its network ({error}): start a new run") from error
-        history = checkpoint["history"]
+    if checkpoint is None:
+        return network, optimizer, scaler, []
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # empty without fp16
+            scaler.load_state_dict(checkpoint["scaler"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{source}: its optimizer does not fit its network ({error}): start a new run") from error
+    return network, optimizer, scaler, checkpoint["history"]
 
+
+def run(args, checkpoint):
+    """Trains, or measures what is to be measured."""
+    rank, world_size, device = start_processes(args.device)
+    if world_size > 1 and (args.benchmark or args.find_lr):
+        raise UsageError("--benchmark and --find-lr measure a single process: start them without torchrun")
+    say = print if rank == 0 else lambda *_, **__: None
+    # Kernels that give the same sums in the same order: resuming ends bit for bit where the whole run ends.
+    torch.backends.cudnn.deterministic = True
+    dataset, train, val = load_data(args, rank, world_size)
+    dtype = choose_dtype(args.precision, device)
+    network, optimizer, scaler, history = start_or_resume(args, checkpoint, dataset.class_names, device, dtype)
     batches = data.Batches(dataset, train, args.batch_size, device, True, args.min_crop, args.cutmix, args.seed, rank,
                            world_size)
     val_batches = data.Batches(dataset, val, 1000, device, False, rank=rank, world_size=world_size)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}"
-    say(f"{args.model} on {dataset.name}: {len(train):,} images to train on, {len(val):,} to validate, on {device_name} "
-        f"in {dtype}" + (f", {world_size} processes" if world_size > 1 else ""))
+    say(f"{args.model} on {dataset.name}: {len(train):,} images to train on, {len(val):,} to validate, "
+        f"on {device_name} in {dtype}" + (f", {world_size} processes" if world_size > 1 else ""))
     if args.benchmark:
         return benchmark(torch.compile(network) if args.compile else network, batches, optimizer, scaler, dtype, args)
     if args.find_lr:
@@ -603,7 +624,8 @@ def run(args, checkpoint):
     def state(epoch):
         config = {key: value for key, value in vars(args).items() if key not in NOT_OF_THE_RUN}
         return {"format": model.FORMAT, "config": config, "classes": dataset.class_names, "epoch": epoch,
-                "history": history, "model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                "history": history, "model": network.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict()}
 
     folder = Path(args.resume) if args.resume else new_folder(args) if rank == 0 else None
     if rank == 0 and args.resume:
@@ -614,12 +636,14 @@ def run(args, checkpoint):
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.monotonic()
-            train_loss, train_accuracy, lr = train_epoch(replica, batches, optimizer, scaler, dtype, args, epoch, progress)
+            train_loss, train_accuracy, lr = train_epoch(
+                replica, batches, optimizer, scaler, dtype, args, epoch, progress)
+            resolution = resolution_at(epoch, args)
             val_loss, val_accuracy, _, _ = evaluate(
-                replica, val_batches, data.val_resolution(resolution_at(epoch, args), args.min_crop), dtype, progress)
+                replica, val_batches, data.val_resolution(resolution, args.min_crop), dtype, progress)
             history.append(dict(zip(HISTORY, (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy,
                                               round(time.monotonic() - start, 2)))))
-            say(f"epoch {epoch:2}/{args.epochs}  {resolution_at(epoch, args)} pixels  train loss {train_loss:.3f}, accuracy "
+            say(f"epoch {epoch:2}/{args.epochs}  {resolution} pixels  train loss {train_loss:.3f}, accuracy "
                 f"{train_accuracy:6.2%}  validation loss {val_loss:.3f}, accuracy {val_accuracy:6.2%}  "
                 f"{history[-1]['seconds']:.0f} s", flush=True)
             if rank == 0:
@@ -643,8 +667,8 @@ def finish(folder, args, network, dataset, train, val, history, device, device_n
     resolution = data.val_resolution(args.resolutions[-1], args.min_crop)
 
     def look(indices, mirror=False):
-        return evaluate(network, data.Batches(dataset, indices, 1000, device, augment=False), resolution, dtype, progress,
-                        mirror)
+        batches = data.Batches(dataset, indices, 1000, device, augment=False)
+        return evaluate(network, batches, resolution, dtype, progress, mirror)
 
     _, _, predicted, confidence = look(val)
     mirrored = look(val, mirror=True)[1]
