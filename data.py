@@ -425,16 +425,6 @@ def random_crops(count, min_area, generator):
     return theta
 
 
-def val_resolution(resolution, min_crop):
-    """The side at which to show whole images to a network that learned from crops of at least min_crop at resolution.
-
-    A crop magnifies its object. Whole images of the same side show it smaller than any the network has seen, and cost
-    accuracy; they have to be larger by what the average crop magnifies (Touvron et al. 2019, "Fixing the train-test
-    resolution discrepancy", arXiv:1906.06423). Rounded to an even number: 48 -> 58 with min_crop 0.35.
-    """
-    return 2 * round(resolution / 2 / math.sqrt((1 + min_crop) / 2))
-
-
 def random_patches(count, probability, generator):
     """(N, 3) in [0, 1]: row and column of the centre of a square patch, and its side; 0 where there is to be none."""
     uniform = torch.rand(count, 4, generator=generator)

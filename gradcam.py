@@ -335,7 +335,7 @@ def run(args):
     checkpoint = model.load_checkpoint(file, device)
     network = model.restore(checkpoint, file, device)
     config = checkpoint["config"]
-    resolution = data.val_resolution(config["resolutions"][-1], config["min_crop"])
+    resolution = config["resolutions"][-1]
     layers = args.layers.split(",") if args.layers else None
     if args.pictures:
         out = args.out or args.run / "pictures.png"

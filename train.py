@@ -635,12 +635,12 @@ def run(args, checkpoint):
         save(folder / "last.pt", state(0))  # from here on, whatever happens, the run can be resumed
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
-            start = time.monotonic()
+            start, resolution = time.monotonic(), resolution_at(epoch, args)
             train_loss, train_accuracy, lr = train_epoch(
                 replica, batches, optimizer, scaler, dtype, args, epoch, progress)
-            resolution = resolution_at(epoch, args)
-            val_loss, val_accuracy, _, _ = evaluate(
-                replica, val_batches, data.val_resolution(resolution, args.min_crop), dtype, progress)
+            # At the resolution of the training images: at another one, the borders, which the convolutions pad with
+            # zeros, lie elsewhere. Trained at 32 pixels, a network had 31 % at 32, 22 % at 36 and 24 % at 40 pixels.
+            val_loss, val_accuracy, _, _ = evaluate(replica, val_batches, resolution, dtype, progress)
             history.append(dict(zip(HISTORY, (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy,
                                               round(time.monotonic() - start, 2)))))
             say(f"epoch {epoch:2}/{args.epochs}  {resolution} pixels  train loss {train_loss:.3f}, accuracy "
@@ -664,7 +664,7 @@ def run(args, checkpoint):
 
 def finish(folder, args, network, dataset, train, val, history, device, device_name, dtype, progress):
     """The pictures and the report of a run whose last epoch is over."""
-    resolution = data.val_resolution(args.resolutions[-1], args.min_crop)
+    resolution = args.resolutions[-1]
 
     def look(indices, mirror=False):
         batches = data.Batches(dataset, indices, 1000, device, augment=False)
