@@ -89,7 +89,7 @@ def short(value, limit=40):
 
 
 class Reader:
-    """A window that slides over a file (plain or .gz, in UTF-8) and decodes JSON from it."""
+    """A window that slides over a file (plain or .gz, in UTF-8) and decodes records from it."""
 
     decode = json.JSONDecoder().raw_decode                  # (text, position) -> (value, position behind it)
     blank = re.compile(r"[ \t\n\r]*")
@@ -222,7 +222,7 @@ class Reader:
 
 
 class Table:
-    """The records of one kind: how many, and which fields they have; and columns of them, or who is to blame."""
+    """The records of one kind: their number and schema, and their values as NumPy arrays or an error that names one."""
 
     def __init__(self, name):
         self.name, self.count, self.fields = name, 0, {}    # count: of the records before the present batch
@@ -261,7 +261,7 @@ class Table:
             row = next(row for row, value in enumerate(values) if convert([value]) is None)
             wanted = "a list of four numbers" if shape else "a number"
             self.blame(row, f"no {key!r}" if key not in records[row] else f"{key!r} is {short(values[row])}",
-                       f"it must be {wanted}, none of them of more than 18 digits")
+                       f"it must be {wanted} of at most 18 digits")
         return found
 
     def codes(self, records, key, index):
@@ -584,8 +584,8 @@ def draw_anchors(found, side, unit, path):
 def draw_elbow(tried, asked, path):
     figure, axes = plt.subplots(figsize=(6, 3.8))
     axes.plot(list(tried), [score for _, score in tried.values()], color=BLUE, marker="o", markersize=4)
-    for k in asked:
-        axes.plot(k, tried[k][1], "o", color=RED, markersize=8)
+    axes.plot(asked, [tried[k][1] for k in asked], "o", color=RED, markersize=8)
+    for k in asked[::len(asked) // 9 + 1]:                          # more labels would overlap
         axes.annotate(f"{tried[k][1]:.3f}", (k, tried[k][1]), (0, -17), textcoords="offset points", ha="center", size=8)
     axes.locator_params(axis="x", nbins=10, integer=True)
     axes.grid(alpha=0.3)
@@ -635,27 +635,26 @@ def yolo(anchors):
 
 
 def write_report(path, title, summary, why, data, reading, shares, quality, classes, found, unit):
-    likeliest = sorted(shares, key=shares.get, reverse=True)
-    blocks = [f"# {cell(title)}", summary, "## Schema: what the numbers are", "The fields, as found in all records:",
-              markdown(["table", "field", "records", "type", "range", "example", "meaning"],
-                       describe_fields(data, reading)),
+    shares = [[READINGS[key][0], f"{share:.2%}"] for key, share in sorted(shares.items(), key=lambda item: -item[1])]
+    quality = [[what, f"{count:,}", cell(", ".join(names)), "left out" if out and count else ""]
+               for what, count, names, out in quality]
+    classes = [[cell(key), cell(name), f"{boxes:,}", f"{crowds:,}", f"{share:.2%}", f"{images:,}"]
+               for key, name, boxes, crowds, share, images in classes]
+    anchors = [[k, f"{score:.4f}", f"`{yolo(anchors)}`"] for k, (anchors, score) in found.items()]
+    fields = ["table", "field", "records", "type", "range", "example", "meaning"]
+    assumed = f"The file names no classes. Its ids lie in {data.assumed}, so COCO's names are **assumed**."
+    blocks = [f"# {cell(title)}", summary,
+              "## Schema: what the numbers are",
+              "The fields, as found in all records:", markdown(fields, describe_fields(data, reading)),
               f"**bbox is {READINGS[reading][0]}**: {why}",
-              markdown(["bbox read as", "boxes inside their images"],
-                       [[READINGS[key][0], f"{shares[key]:.2%}"] for key in likeliest])]
-    if data.assumed:
-        blocks.append(f"The file names no classes. Its ids lie in {data.assumed}, so COCO's names are **assumed**.")
-    blocks += ["## Quality of the data",
-               markdown(["what", "number", "the first", "in the clustering"],
-                        [[what, f"{count:,}", cell(", ".join(names)), "left out" if out and count else ""]
-                         for what, count, names, out in quality]),
-               "## Classes", "![classes](class_distribution.png)",
-               markdown(["id", "name", "boxes", "crowds", "share", "images"],
-                        [[cell(key), cell(name), f"{boxes:,}", f"{crowds:,}", f"{share:.2%}", f"{images:,}"]
-                         for key, name, boxes, crowds, share, images in classes]),
-               "## Boxes", "![boxes](bbox_distribution.png)", "![width and height](bbox_wh.png)",
-               f"## Anchors in {unit}", "![anchors](anchors.png)", "![mean IoU](anchors_iou.png)",
-               markdown(["k", "mean IoU", "for a YOLO configuration: width,height"],
-                        [[k, f"{score:.4f}", f"`{yolo(anchors)}`"] for k, (anchors, score) in found.items()])]
+              markdown(["bbox read as", "boxes inside their images"], shares),
+              *([assumed] if data.assumed else []),
+              "## Quality of the data", markdown(["what", "number", "the first", "in the clustering"], quality),
+              "## Classes", "![classes](class_distribution.png)",
+              markdown(["id", "name", "boxes", "crowds", "share", "images"], classes),
+              "## Boxes", "![boxes](bbox_distribution.png)", "![width and height](bbox_wh.png)",
+              f"## Anchors in {unit}", "![anchors](anchors.png)", "![mean IoU](anchors_iou.png)",
+              markdown(["k", "mean IoU", "for a YOLO configuration: width,height"], anchors)]
     path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
 
 
@@ -718,7 +717,7 @@ def run(args, out):
         plt.close("all")
         out.mkdir(exist_ok=True)
         for file in list(folder.iterdir()):
-            os.replace(file, out / file.name)
+            file.replace(out / file.name)
 
     print(f"{short(name, 100)}: {summary}\nbbox is {READINGS[reading][0]}: {why}")
     for what, count, names, _ in quality:
