@@ -702,9 +702,8 @@ def run(args, out):
                f"classes in {len(data.images):,} images")
     name = Path(args.file).name
 
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".analysis-", dir=parent) as folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".analysis-", dir=out.parent) as folder:
         folder = Path(folder)
         draw_classes(classes, folder / "class_distribution.png")
         draw_boxes(data, box, size, folder / "bbox_distribution.png")
