@@ -182,8 +182,9 @@ class Reader:
 
     def members(self):
         """Yields (key, its elements) for the keys TABLES of the object {"key": value, ...} that begins here."""
-        keys, mark = [], self.take("{")
-        while mark != "}":
+        self.take("{")
+        keys, mark = [], self.take("}") if self.peek() == "}" else ","
+        while mark == ",":
             key = self.value()
             self.take(":")
             if key not in TABLES:
@@ -260,7 +261,7 @@ class Table:
         if found is None:
             row = next(row for row, value in enumerate(values) if convert([value]) is None)
             wanted = "a list of four numbers" if shape else "a number"
-            self.blame(row, f"no {key!r}" if key not in records[row] else f"{key!r} is {short(values[row])}",
+            self.blame(row, f"no {key!r}" if key not in records[row] else f"{key!r} is {short(repr(values[row]))}",
                        f"it must be {wanted} of at most 18 digits")
         return found
 
@@ -748,9 +749,8 @@ def main():
         with plt.rc_context(LOOKS):
             run(args, Path(args.out or f"analysis/{stem}"))
     except (BadInput, OSError, EOFError, UnicodeError, zlib.error) as error:
-        message = getattr(error, "strerror", None) or str(error)
         cure = "" if isinstance(error, BadInput) else ": check the path, the permissions and the content"
-        print(f"coco_analysis.py: {short(args.file, 300)}: {short(message, 1000)}{cure}", file=sys.stderr)
+        print(f"coco_analysis.py: {short(args.file, 300)}: {short(error, 1000)}{cure}", file=sys.stderr)
         sys.exit(2)
 
 
