@@ -1125,8 +1125,7 @@ class Analysis(unittest.TestCase):
         wanted = np.array([a["bbox"] for a in whole["annotations"]])
         layouts = [json.dumps(whole), json.dumps(whole, indent=2), json.dumps(whole, separators=(",", ":")), json.dumps(whole, sort_keys=True)]
         contents = [layout.encode() for layout in layouts]
-        contents += [b"\xef\xbb\xbf" + contents[0], layouts[0].encode("utf-16"), gzip.compress(contents[0]),
-                     layouts[1].replace("\n", "\r\n").encode()]
+        contents += [b"\xef\xbb\xbf" + contents[0], gzip.compress(contents[0]), layouts[1].replace("\n", "\r\n").encode()]
         for content in contents:
             with mock.patch.object(coco_analysis, "WINDOW", 50):
                 data = coco_analysis.Data(self.write(content))
@@ -1192,7 +1191,8 @@ class Analysis(unittest.TestCase):
                good.replace('"bbox": [', '"bbox": ["x", ', 1): "annotations[0]", good.replace(', "id": 3}', ' "id": 3}'): "annotations[3]",
                '{"annotations": []}': "no annotations", '{"a": 1}': "another kind", "[" * 100000: "nested", '{"annotations": {}}': "no list",
                '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]': "four numbers", "[1]": "no object", "\x00\xff": "line 1",
-               good + "x": "behind the end", good.replace('"annotations": [', '"annotations": [' + "9" * 5000 + ","): "limit"}
+               good.encode("utf-16"): "UTF-8", good + "x": "behind the end",
+               good.replace('"annotations": [', '"annotations": [' + "9" * 5000 + ","): "limit"}
         for content, message in bad.items():
             code, out, err = self.run_main(self.write(content))
             self.assertEqual((code, out, err.count("\n")), (2, "", 1), content[:50])
