@@ -9,6 +9,7 @@ prints the number of images, classes and images per split, and writes samples.pn
 import argparse
 import functools
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -16,7 +17,6 @@ import socket
 import sys
 import tempfile
 import time
-import urllib.error
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +24,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets.utils import download_url, extract_archive
+
+matplotlib.use("Agg")  # draw into files; there may be no screen
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -149,7 +153,7 @@ def download(archive):
     try:
         print(f"downloading {URL}", file=sys.stderr)
         download_url(URL, str(part.parent), part.name, MD5)
-    except (OSError, RuntimeError, urllib.error.URLError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         part.unlink(missing_ok=True)
         raise DataError(f"{URL}: download failed ({error}): put the file at {archive} yourself, or try "
                         "`python train.py --dataset shapes`, which needs none") from error
@@ -188,6 +192,8 @@ def list_files(folder):
 
     for part, is_val in (("train", False), ("val", True)):
         counts = np.bincount([row[1] for row in rows if row[3] == is_val], minlength=len(wnids))
+        if not counts.any():
+            raise DataError(f"{folder / part}: holds no images: extract the zip file again")
         usual = np.bincount(counts).argmax()
         for label in np.flatnonzero(counts != usual)[:1]:
             raise DataError(f"{folder / part}: class {wnids[label]} ({names[label]}) has {counts[label]} images, "
@@ -250,7 +256,7 @@ def decode(paths):
     images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
     shown = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock, so threads help
-        for index, image in enumerate(pool.map(one, paths, chunksize=64)):
+        for index, image in enumerate(pool.map(one, paths)):
             images[index] = image
             if time.monotonic() - shown > 2:
                 shown = time.monotonic()
@@ -274,6 +280,13 @@ def replacing(path):
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def save_figure(figure, path):
+    """Writes a PNG file whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +359,8 @@ def prepare(images, resolution, theta=None):
     if theta is None:
         theta = torch.eye(2, 3, device=images.device).expand(count, 2, 3)
     grid = F.affine_grid(theta, (count, 3, resolution, resolution), align_corners=False)
-    images = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    edge = 1 - 1 / images.shape[-1]  # the centres of the outermost pixels: nothing is taken from beyond them
+    images = F.grid_sample(images.float(), grid.clamp(-edge, edge), align_corners=False)
     mean, std = mean_and_std(images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -453,9 +467,6 @@ def cut_mix(images, labels, patch):
 
 def draw_samples(dataset, path, seed=0, per_class=5):
     """Five images of each of five classes, or as many as there are, with their boxes, into a PNG file."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     rng = np.random.default_rng(seed)
     classes = len(dataset.class_names)
     labels = np.sort(rng.choice(classes, min(5, classes), replace=False))
@@ -469,9 +480,7 @@ def draw_samples(dataset, path, seed=0, per_class=5):
             axis.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="yellow"))
     for axis in axes.flat:
         axis.axis("off")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def export_coco(dataset, path):

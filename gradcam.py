@@ -22,6 +22,7 @@ import time
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -75,6 +76,7 @@ class GradCAM:
                 missing = [name for name in self.layers if name not in features]
                 if missing:
                     raise UsageError(f"the network does not use its layer {missing[0]!r}")
+                # A clone: a tensor made in inference_mode may not take part in a graph.
                 classes = logits.argmax(1) if classes is None else classes.clone()
                 # The sum is no mixture: no image's features reach the score of another. autograd.grad, unlike
                 # backward(), touches no .grad, and it computes no gradients of weights, a third of the work.
@@ -204,9 +206,6 @@ def table(scores, correct, target):
 
 def draw(images, maps, titles, heading, path, boxes=None):
     """Writes a PNG: a column per image; a row of images (N, 3, H, W) uint8 and one for each layer of maps (N, H, W)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     lines = max(text.count("\n") + 1 for text in titles)
     cell, left, top = 1.5, 0.8, 0.4 + 0.15 * lines  # inches
     width, height = left + cell * max(len(images), 4), top + cell * (1 + len(maps))
@@ -227,10 +226,9 @@ def draw(images, maps, titles, heading, path, boxes=None):
             if boxes is not None:
                 x0, y0, x1, y1 = (boxes[column] - 0.5).tolist()
                 axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1))
-    with data.replacing(path) as temporary, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a file's name may have letters that the font lacks
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+        data.save_figure(figure, path)
 
 
 def title(*lines):
@@ -324,6 +322,9 @@ def main():
                      "no --evaluate, no --target actual")
     try:
         run(args)
+    except torch.OutOfMemoryError:
+        print("gradcam.py: the GPU's memory is full: try --device cpu", file=sys.stderr)
+        sys.exit(2)
     except (data.DataError, UsageError, OSError) as error:
         print(f"gradcam.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -64,8 +64,8 @@ def check(boxes, k):
     boxes = np.asarray(boxes, dtype=np.float64)
     if boxes.ndim != 2 or boxes.shape[1] != 2:
         raise ValueError(f"boxes must have the shape (N, 2), width and height; these have {boxes.shape}")
-    if k != int(k) or k < 1:
-        raise ValueError(f"k must be a whole number, at least 1; it is {k}")
+    if len(boxes) == 0 or not (k >= 1 and k % 1 == 0):  # of infinity and NaN the remainder is NaN
+        raise ValueError(f"at least one box and a whole k of at least 1 are needed: {len(boxes)} boxes, k = {k}")
     good = ((boxes >= SMALLEST) & (boxes <= LARGEST)).all(axis=1)  # NaN compares false, so it is caught here as well
     if not good.all():
         row = int(np.argmin(good))

@@ -8,6 +8,7 @@ What we wrote is compared with something that we did not write: torchvision's ne
 brute-force search. The data is made here: shapes, and a Tiny ImageNet of a few images.
 """
 import contextlib
+import copy
 import csv
 import functools
 import gzip
@@ -107,6 +108,10 @@ class Networks(unittest.TestCase):
             self.assertEqual(sum(p.numel() for p in network.parameters()), expected)
             self.assertEqual(sum(row[2] for row in model.layers(network)), expected)
 
+    def test_the_smallest_images_that_train_py_allows_are_large_enough(self):
+        for name in model.MODELS:
+            self.assertEqual(model.create(name, 5, 4).eval()(torch.zeros(1, 3, 22, 22)).shape, (1, 5))
+
     def test_multiply_adds_are_the_published_ones(self):
         rows = model.layers(model.ResNet18(1000, stem_stride=4), 224)
         self.assertEqual(sum(row[4] for row in rows), 1_814_073_344)  # torchvision's documentation: 1.81 GFLOPS
@@ -165,7 +170,7 @@ class Checkpoints(InFolder):
     def test_another_format_is_refused(self):
         self.write()
         checkpoint = torch.load("good.pt")
-        for change, message in (({"format": 1}, "bad.pt: has format 1, this train.py reads 2"), ({}, "bad.pt: not a checkpoint"),
+        for change, message in (({"format": 1}, f"bad.pt: has format 1, this train.py reads {model.FORMAT}"), ({}, "bad.pt: not a checkpoint"),
                                 ({"format": model.FORMAT, "history": None}, "bad.pt: not a checkpoint.*'history'")):
             torch.save({**{key: value for key, value in checkpoint.items() if key != "format"}, **change}, "bad.pt")
             with self.assertRaisesRegex(model.UsageError, message):
@@ -214,6 +219,22 @@ class Schedule(unittest.TestCase):
         kept = {id(p) for module in network.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))
                 for p in (module.weight,)}
         self.assertEqual({id(p) for p in decayed["params"]}, kept)
+
+    def test_a_step_that_gradscaler_skips_leaves_no_trace(self):
+        """Also where it is the very first one, before there is any momentum; what follows is torch's plain SGD."""
+        network, images, scaler = torch.nn.Linear(200, 30), torch.randn(8, 200), torch.amp.GradScaler("cpu")
+        plain = copy.deepcopy(network)
+        ours, torchs = train.make_optimizer(network, 0), torch.optim.SGD(plain.parameters(), 0.1, 0.9, nesterov=True)
+        for factor in (math.inf, 1, 1):
+            ours.zero_grad()
+            scaler.scale(network(images).square().mean() * factor).backward()
+            scaler.step(ours)
+            scaler.update()
+            if factor == 1:
+                torchs.zero_grad()
+                plain(images).square().mean().backward()
+                torchs.step()
+        torch.testing.assert_close(network.weight, plain.weight, atol=1e-5, rtol=0)
 
     def test_the_last_epoch_has_the_last_resolution_and_each_its_share(self):
         args = mock.Mock(epochs=50, resolutions=[32, 32, 48])
@@ -323,6 +344,7 @@ class TinyImageNet(InFolder):
             (self.tree / "train" / "n03" / "n03_boxes.txt", b"n03_0.JPEG\t1\t2\t%d\t9\n" % 10**30, "a box of '1 2 10000"),
             (self.tree / "words.txt", b"n01\tGerman shepherd\n", "n02"),
             (self.tree / "wnids.txt", None, "wnids.txt"),
+            (self.tree / "wnids.txt", b"", "holds no images"),
             (annotations, "".join(lines[1:]).encode(), "val_0.JPEG"),
             (annotations, "".join(["val_0.JPEG\tn77\t0\t0\t63\t63\n", *lines[1:]]).encode(), "n77"),
         ]
@@ -559,7 +581,7 @@ class Shapes(unittest.TestCase):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-FLAGS = ("--resolutions", "18", "--stem-stride", "4", "--batch-size", "8", "--device", "cpu", "--precision", "fp32")
+FLAGS = ("--resolutions", "22", "--stem-stride", "4", "--batch-size", "8", "--device", "cpu", "--precision", "fp32")
 
 
 def history(folder):
@@ -674,12 +696,15 @@ class Training(InFolder):
         for arguments, *words in (
                 (("--epochs", 0), "--epochs 0"),
                 (("--batch-size", 1000), "--batch-size 1000", "at most 40"),
+                (("--batch-size", 1), "--batch-size 1", "two images"),
                 (("--classes", 0), "--classes 0"),
                 (("--max-lr", 1e6), "loss", "learning rate", "--max-lr"),
                 (("--data-dir", "nowhere"), "nowhere"),
-                (("--resolutions", 17), "17"),
+                (("--resolutions", 21), "21"),
+                (("--device", "meta"), "meta"),
                 (("--device", "cuda:99"), "cuda:99"),
                 (("--resume", "good", "--epochs", 9), "--epochs"),
+                (("--resume", "good", "--out", "bad"), "--out bad"),
                 (("--resume", "nowhere"), "nowhere")):
             arguments = arguments if "--resume" in arguments else (*FLAGS, "--out", "bad", *arguments)
             with self.subTest(arguments), mock.patch.object(data, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip"):
@@ -1086,6 +1111,9 @@ class Anchors(unittest.TestCase):
             boxes[7, 1] = value
             with self.assertRaisesRegex(ValueError, "row 7"):
                 kmeans(boxes, 3)
+        for boxes, k in ((np.empty((0, 2)), 1), (made_boxes(10), math.inf), (made_boxes(10), 1.5)):
+            with self.assertRaisesRegex(ValueError, "at least one box"):
+                kmeans(boxes, k)
         with self.assertRaisesRegex(ValueError, "2 different boxes"):
             kmeans([[1, 2], [3, 4], [1, 2]], 3)
 

@@ -23,12 +23,11 @@ import textwrap
 import time
 from pathlib import Path
 
-import matplotlib
-matplotlib.use("Agg")  # draw into files; there may be no screen
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib import ticker
 
 import data
 import gradcam
@@ -36,7 +35,8 @@ import model
 from model import UsageError
 
 # What differs between the data sets. Resolutions: the epochs are shared out evenly among them; small images first are
-# several times as fast and cost no accuracy in the end (Howard 2018, "Training Imagenet in 3 hours for 25 minutes").
+# several times as fast, and are said to cost no accuracy in the end (Howard 2018, "Training Imagenet in 3 hours for
+# USD 25; and CIFAR10 for USD 0.26", fast.ai).
 RECIPES = {
     "tiny-imagenet": {"epochs": 50, "resolutions": [32, 48, 64], "stem_stride": 2, "batch_size": 256, "max_lr": 0.2,
                       "min_crop": 0.35, "cutmix": 0.5},
@@ -45,7 +45,7 @@ RECIPES = {
 }
 PCT_START = 0.2  # of the steps the learning rate rises; a long way down does more for the result than a long way up
 NOT_OF_THE_RUN = ("resume", "out", "device", "benchmark", "find_lr")  # flags that --resume need not repeat
-HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+HISTORY = ("epoch", "resolution", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,8 +95,12 @@ def make_optimizer(network, weight_decay):
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over the weights instead of one per operation
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, fused=fused)
+    # fused: one pass over the weights instead of one per operation.
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, fused=True)
+    for parameter in network.parameters():
+        # Where GradScaler skips the very first step, fused SGD would take memory that nobody wrote for the momentum.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def choose_dtype(precision, device):
@@ -131,7 +135,7 @@ def train_step(network, batch, optimizer, scaler, dtype, smoothing):
     images, labels, others, share = batch
     log_probabilities = forward(network, images, dtype)
     loss = smoothed_nll_loss(log_probabilities, labels, others, share, smoothing)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     scaler.scale(loss).backward()  # fp16 gradients would vanish below 6e-8; the scaler lifts them, and skips overflows
     scaler.step(optimizer)
     scaler.update()
@@ -258,12 +262,6 @@ def write_history(history, path):
         writer.writerows(history)
 
 
-def save_figure(figure, path):
-    with data.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
-
-
 def draw_curves(history, path):
     """Loss, accuracy and learning rate against the epoch."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -275,13 +273,20 @@ def draw_curves(history, path):
             axis.plot(epochs, [row[f"{part}_{quantity}"] for row in history], marker=marker, label=label)
         axis.set(title=quantity.capitalize(), xlabel="epoch")
         axis.legend()
-    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1))
     axes[2].plot(epochs, [row["lr"] for row in history], marker=marker, color="tab:green")
     axes[2].set(title="Learning rate at the end of the epoch", xlabel="epoch")
+    resolutions = list(dict.fromkeys(row["resolution"] for row in history))
+    changes = [row["epoch"] - 0.5 for before, row in zip(history, history[1:])
+               if row["resolution"] != before["resolution"]]
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
-    save_figure(figure, path)
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+        for epoch in changes:
+            axis.axvline(epoch, color="0.4", linestyle=":")
+    if changes:
+        figure.suptitle(f"Dotted: the images grow ({', '.join(map(str, resolutions))} pixels)", fontsize=10)
+    data.save_figure(figure, path)
 
 
 def draw_misclassified(dataset, indices, predicted, confidence, path, count=25):
@@ -297,18 +302,20 @@ def draw_misclassified(dataset, indices, predicted, confidence, path, count=25):
         axis.imshow(dataset.images[indices[i]].permute(1, 2, 0).numpy())
         axis.set_title("\n".join(
             [short(f"is {dataset.class_names[dataset.labels[indices[i]]]}"),
-             short(f"taken for {dataset.class_names[predicted[i]]} ({confidence[i]:.0%})")]), fontsize=8)
+             short(f"taken for {dataset.class_names[predicted[i]]} ({confidence[i]:.0%})")]), fontsize=8,
+            parse_math=False)
     if not len(wrong):
         figure.suptitle("Every validation image is classified correctly.")
-    save_figure(figure, path)
+    data.save_figure(figure, path)
 
 
 def short(text, width=30):
-    """At most two lines of width letters, without the $ that would start a formula."""
-    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width, max_lines=2, placeholder=" ..."))
+    """At most two lines of width letters."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" ..."))
 
 
-def write_report(folder, args, dataset, val, predicted, history, plain, mirrored, device_name, dtype, gradcam_table):
+def write_report(folder, args, network, dataset, val, predicted, history, plain, mirrored, device_name, dtype,
+                 gradcam_table):
     """report.md: what was done, how well it went, and where it goes wrong.
 
     plain: accuracy on training images without augmentation; mirrored: on the validation images and their mirror images.
@@ -316,7 +323,7 @@ def write_report(folder, args, dataset, val, predicted, history, plain, mirrored
     last, best = history[-1], max(history, key=lambda row: row["val_accuracy"])
     names, labels = dataset.class_names, dataset.labels[val]
     gap = plain - last["val_accuracy"]
-    verdict = "It generalises: longer training, less augmentation or a larger network may still gain."
+    verdict = "The network overfits little: longer training or less augmentation may still gain."
     if gap > 0.2:
         verdict = "The network overfits: more augmentation or weight decay, or fewer epochs, should help."
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
@@ -338,7 +345,7 @@ def write_report(folder, args, dataset, val, predicted, history, plain, mirrored
         f"| data | {dataset.name}, split {args.split}: {len(dataset.labels) - len(val):,} training and {len(val):,} "
         f"validation images of {len(names)} classes |",
         f"| network | {args.model}" + (f", stem stride {args.stem_stride}" if args.model == "resnet18" else "")
-        + f", {sum(p.numel() for p in model.create(args.model, len(names)).parameters()):,} parameters |",
+        + f", {sum(p.numel() for p in network.parameters()):,} parameters |",
         f"| training | resolutions {args.resolutions}, crops from {args.min_crop:.0%}, CutMix {args.cutmix:.0%}, batch "
         f"{args.batch_size}, OneCycle to {args.max_lr:g}, weight decay {args.weight_decay:g}, label smoothing "
         f"{args.label_smoothing:g}, seed {args.seed} |",
@@ -388,14 +395,14 @@ def benchmark(network, batches, optimizer, scaler, dtype, args):
             real.append(synchronised(lambda: loop(batches.epoch(1, resolution), steps)))
         images, *targets = resident
         for _ in range(5):
-            results = []
-            source = batches.epoch(1, resolution)
-            next(source)  # what is done once an epoch is not part of a step
+            results, source = [], batches.epoch(1, resolution)
+            synchronised(lambda: next(source))  # what is done once an epoch is not part of a step
+            optimizer.zero_grad()
             stages.append([
                 synchronised(lambda: next(source)),
                 synchronised(lambda: results.append(smoothed_nll_loss(forward(network, images, dtype), *targets, 0.1))),
                 synchronised(lambda: scaler.scale(results[0]).backward()),
-                synchronised(optimizer.step)])
+                synchronised(lambda: (scaler.step(optimizer), scaler.update()))])
         seconds = [statistics.median(column) for column in zip(*stages)]
         loses = 1 - statistics.median(b / r for b, r in zip(bare, real))
         rates = (f"{steps * len(images) / statistics.median(times):9,.0f} img/s" for times in (bare, real))
@@ -442,7 +449,7 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
     axis.set_ylim(top=min(1.02 * max(losses), 1.2 * losses[0]))
     axis.grid(alpha=0.3)
     axis.legend()
-    save_figure(figure, path)
+    data.save_figure(figure, path)
     print(f"The loss is lowest at {best:.2g}: a --max-lr of once to twice that is good, as OneCycle comes there\n"
           f"slowly and soon leaves it again\nwrote {path}")
 
@@ -478,13 +485,14 @@ def make_parser():
         "0.5 (shapes: 0)")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
         help="auto takes the lowest that the device computes natively")
-    add("--seed", type=int, default=0, help="of the split, the weights and the augmentation; 0 for repeatable runs")
+    add("--seed", type=int, default=0, help="of the split, the weights and the augmentation: the same "
+        "seed repeats a run, another one shows how much is chance")
     add("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
     add("--out", help="the run's folder: a new one, runs/DATASET-MODEL, so that no run overwrites another; with "
         "--find-lr the picture's file")
     add("--resume", metavar="DIR", help="go on after the last finished epoch of the run in this folder, with its flags")
-    add("--compile", action="store_true", help="let torch.compile fuse operations, after a minute of compiling: on two "
-        "CPU cores it gained nothing, on a GPU it is worth a try")
+    add("--compile", action="store_true", help="let torch.compile fuse operations, after a minute of compiling: it "
+        "needs a C++ compiler (a GPU: Triton), on two CPU cores it gained nothing, on a GPU it is worth a try")
     add("--find-lr", action="store_true", help="instead of training, draw the loss against a growing learning rate")
     add("--benchmark", action="store_true", help="instead of training, measure the speed of these flags")
     return parser
@@ -499,6 +507,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     checkpoint = None
     if args.resume:
+        if args.out:
+            raise UsageError(f"--out {args.out}: a resumed run goes on in its own folder: leave the flag out")
         checkpoint = model.load_checkpoint(Path(args.resume) / "last.pt")
         parser.set_defaults(**checkpoint["config"])
         args = parser.parse_args(argv)  # once more: the run's flags are the defaults now
@@ -519,8 +529,8 @@ def parse_arguments(argv=None):
         value = getattr(args, key)
         if value is not None and not low <= value <= high:
             raise UsageError(f"--{key.replace('_', '-')} {value}: must be at least {low:g} and at most {high:g}")
-    if min(args.resolutions) < 18 or any(side % 2 for side in args.resolutions):
-        raise UsageError(f"--resolutions {args.resolutions}: even numbers of at least 18 are needed")
+    if min(args.resolutions) < 22:
+        raise UsageError(f"--resolutions {args.resolutions}: at least 22 pixels are needed")
     return args, checkpoint
 
 
@@ -532,7 +542,10 @@ def start_processes(device_name):
         torch.cuda.set_device(device)
     if world_size > 1:
         hours = datetime.timedelta(hours=3)  # to wait for the first process, which may have to download
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=hours, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=hours)
     return rank, world_size, device
 
 
@@ -561,9 +574,10 @@ def load_data(args, rank, world_size):
     if world_size > 1 and rank == 0:
         dist.barrier()
     train, val = data.split(dataset, args.split, args.seed)
-    if not 2 * world_size <= args.batch_size <= len(train):
-        raise UsageError(f"--batch-size {args.batch_size}: must be at least {2 * world_size}, two images for each "
-                         f"process, and at most {len(train)}, the number of training images")
+    smallest = len(train) // math.ceil(len(train) / args.batch_size)  # of the batches that data.Batches makes
+    if args.batch_size > len(train) or smallest < 2 * world_size:
+        raise UsageError(f"--batch-size {args.batch_size}: must be at most {len(train)}, the number of training "
+                         "images, and leave each process two images of every batch")
     return dataset, train, val
 
 
@@ -627,11 +641,13 @@ def run(args, checkpoint):
                 "history": history, "model": network.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict()}
 
-    folder = Path(args.resume) if args.resume else new_folder(args) if rank == 0 else None
+    folder = None  # only the first process writes
     if rank == 0 and args.resume:
+        folder = Path(args.resume)
         for leftover in folder.glob(".*.[0-9]*"):  # what a killed process was writing; see data.replacing
             leftover.unlink()
     elif rank == 0:
+        folder = new_folder(args)
         save(folder / "last.pt", state(0))  # from here on, whatever happens, the run can be resumed
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
@@ -641,17 +657,19 @@ def run(args, checkpoint):
             # At the resolution of the training images: at another one, the borders, which the convolutions pad with
             # zeros, lie elsewhere. Trained at 32 pixels, a network had 31 % at 32, 22 % at 36 and 24 % at 40 pixels.
             val_loss, val_accuracy, _, _ = evaluate(replica, val_batches, resolution, dtype, progress)
-            history.append(dict(zip(HISTORY, (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy,
-                                              round(time.monotonic() - start, 2)))))
+            seconds = round(time.monotonic() - start, 2)
+            history.append(dict(zip(HISTORY, (epoch, resolution, lr, train_loss, train_accuracy, val_loss, val_accuracy,
+                                              seconds))))
             say(f"epoch {epoch:2}/{args.epochs}  {resolution} pixels  train loss {train_loss:.3f}, accuracy "
                 f"{train_accuracy:6.2%}  validation loss {val_loss:.3f}, accuracy {val_accuracy:6.2%}  "
-                f"{history[-1]['seconds']:.0f} s", flush=True)
+                f"{seconds:.0f} s", flush=True)
             if rank == 0:
                 # last.pt comes last: a run that is killed in between repeats the epoch, and writes the same again.
                 if val_accuracy > max((row["val_accuracy"] for row in history[:-1]), default=-1):
                     save(folder / "best.pt", state(epoch))
                 write_history(history, folder / "history.csv")
-                draw_curves(history, folder / "curves.png")
+                if seconds > 30:  # drawing takes a second; finish() draws the curves of fast runs
+                    draw_curves(history, folder / "curves.png")
                 save(folder / "last.pt", state(epoch))
         if world_size > 1:
             dist.destroy_process_group()
@@ -680,7 +698,7 @@ def finish(folder, args, network, dataset, train, val, history, device, device_n
     shuffled = val[torch.randperm(len(val), generator=torch.Generator().manual_seed(0))]
     some = val if device.type == "cuda" else shuffled[:1000]  # a CPU would take minutes for all
     table = gradcam.evaluate(network, dataset, some, resolution, device)
-    write_report(folder, args, dataset, val, predicted, history, plain, mirrored, device_name, dtype, table)
+    write_report(folder, args, network, dataset, val, predicted, history, plain, mirrored, device_name, dtype, table)
     print(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
 
 
@@ -696,6 +714,9 @@ def main():
         run(args, checkpoint)
     except (UsageError, data.DataError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("train.py: the GPU's memory is full: try a smaller --batch-size, or --stem-stride 4", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         sys.exit(128 + error.args[0])
