@@ -344,7 +344,6 @@ class TinyImageNet(InFolder):
             (self.tree / "train" / "n03" / "n03_boxes.txt", b"n03_0.JPEG\t1\t2\t%d\t9\n" % 10**30, "a box of '1 2 10000"),
             (self.tree / "words.txt", b"n01\tGerman shepherd\n", "n02"),
             (self.tree / "wnids.txt", None, "wnids.txt"),
-            (self.tree / "wnids.txt", b"", "holds no images"),
             (annotations, "".join(lines[1:]).encode(), "val_0.JPEG"),
             (annotations, "".join(["val_0.JPEG\tn77\t0\t0\t63\t63\n", *lines[1:]]).encode(), "n77"),
         ]
@@ -357,6 +356,10 @@ class TinyImageNet(InFolder):
         (images / "._n02_0.JPEG").write_bytes(b"macOS")
         annotations.write_bytes("".join(lines).replace("\n", "\r\n").encode("utf-8-sig"))
         self.assertEqual(len(self.load().labels), 56)
+        for image in self.tree.glob("train/*/images/*"):
+            image.unlink()
+        with self.assertRaisesRegex(data.DataError, "train: holds no images"):
+            self.load()
 
     def test_what_a_killed_process_left_is_removed_but_not_what_is_being_written(self):
         old, new = (Path(f"data/.tiny-imagenet-200.pt.{number}") for number in (1, 2))
