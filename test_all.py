@@ -143,8 +143,9 @@ class Checkpoints(InFolder):
 
     def write(self):
         network = model.create("resnet18", 3)
-        torch.save({"format": model.FORMAT, "config": {"model": "resnet18", "stem_stride": 2}, "classes": ["a", "b", "c"],
-                    "epoch": 1, "history": [], "model": network.state_dict(), "optimizer": {}, "scaler": {}}, "good.pt")
+        config = {"model": "resnet18", "stem_stride": 2}
+        torch.save({"format": model.FORMAT, "config": config, "classes": ["a", "b", "c"], "epoch": 1, "history": [],
+                    "model": network.state_dict(), "optimizer": {}, "scaler": {}}, "good.pt")
         return network
 
     def test_a_checkpoint_gives_the_network_back(self):
@@ -159,9 +160,10 @@ class Checkpoints(InFolder):
         flipped = bytearray(good)
         flipped[len(good) // 2] ^= 1  # a single bit of a weight
         cuts = [good[:len(good) * i // 5] for i in range(5)]
-        torch.save({"model": functools.partial(os.mkdir, "broken-in")}, "code.pt")
-        for content in (bytes(flipped), good.replace(b"/version", b"/\x85ersion"), *cuts, b"text", pickle.dumps(functools.partial(os.mkdir, "broken-in")),
-                        Path("code.pt").read_bytes()):
+        runs_code = functools.partial(os.mkdir, "broken-in")
+        torch.save({"model": runs_code}, "code.pt")
+        for content in (bytes(flipped), good.replace(b"/version", b"/\x85ersion"), *cuts, b"text",
+                        pickle.dumps(runs_code), Path("code.pt").read_bytes()):
             Path("bad.pt").write_bytes(content)
             with self.assertRaisesRegex(ValueError, "bad.pt"):
                 model.load_checkpoint("bad.pt")
@@ -170,9 +172,12 @@ class Checkpoints(InFolder):
     def test_another_format_is_refused(self):
         self.write()
         checkpoint = torch.load("good.pt")
-        for change, message in (({"format": 1}, f"bad.pt: has format 1, this train.py reads {model.FORMAT}"), ({}, "bad.pt: not a checkpoint"),
-                                ({"format": model.FORMAT, "history": None}, "bad.pt: not a checkpoint.*'history'")):
-            torch.save({**{key: value for key, value in checkpoint.items() if key != "format"}, **change}, "bad.pt")
+        del checkpoint["format"]
+        for change, message in (
+                ({"format": 1}, f"bad.pt: has format 1, this train.py reads {model.FORMAT}"),
+                ({}, "bad.pt: not a checkpoint"),
+                ({"format": model.FORMAT, "history": None}, "bad.pt: not a checkpoint.*'history'")):
+            torch.save({**checkpoint, **change}, "bad.pt")
             with self.assertRaisesRegex(model.UsageError, message):
                 model.load_checkpoint("bad.pt")
 
@@ -207,10 +212,12 @@ class Schedule(unittest.TestCase):
         logits, (labels, others), share = torch.randn(32, 7), torch.randint(7, (2, 32)), torch.rand(32)
         for smoothing in (0.0, 0.1, 0.5):
             ours = train.smoothed_nll_loss(F.log_softmax(logits, dim=1), labels, others, torch.ones(32), smoothing)
-            self.assertAlmostEqual(ours.item(), F.cross_entropy(logits, labels, label_smoothing=smoothing).item(), places=5)
+            theirs = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            self.assertAlmostEqual(ours.item(), theirs.item(), places=5)
             mixed = share[:, None] * F.one_hot(labels, 7) + (1 - share[:, None]) * F.one_hot(others, 7)
             ours = train.smoothed_nll_loss(F.log_softmax(logits, dim=1), labels, others, share, smoothing)
-            self.assertAlmostEqual(ours.item(), F.cross_entropy(logits, mixed, label_smoothing=smoothing).item(), places=5)
+            theirs = F.cross_entropy(logits, mixed, label_smoothing=smoothing)
+            self.assertAlmostEqual(ours.item(), theirs.item(), places=5)
 
     def test_weight_decay_is_for_convolutions_and_the_linear_layer_only(self):
         network = model.ResNet18(5)
@@ -331,6 +338,7 @@ class TinyImageNet(InFolder):
         jpeg = (images / "n02_0.JPEG").read_bytes()
         buffer = io.BytesIO()
         Image.new("RGB", (63, 64)).save(buffer, "JPEG")
+        boxes = self.tree / "train" / "n03" / "n03_boxes.txt"
         annotations = self.tree / "val" / "val_annotations.txt"
         lines = annotations.read_text().splitlines(keepends=True)
         faults = [  # file, its new content or None for none, what the error must name
@@ -339,9 +347,9 @@ class TinyImageNet(InFolder):
             (images / "n02_0.JPEG", b"hello", "n02_0.JPEG"),
             (images / "n02_0.JPEG", buffer.getvalue(), "63x64"),
             (images / "n02_0.JPEG", None, "crane, bird"),
-            (self.tree / "train" / "n03" / "n03_boxes.txt", None, "n03_boxes.txt"),
-            (self.tree / "train" / "n03" / "n03_boxes.txt", b"n03_0.JPEG\t1\t2\t3\n", "line 1"),
-            (self.tree / "train" / "n03" / "n03_boxes.txt", b"n03_0.JPEG\t1\t2\t%d\t9\n" % 10**30, "a box of '1 2 10000"),
+            (boxes, None, "n03_boxes.txt"),
+            (boxes, b"n03_0.JPEG\t1\t2\t3\n", "line 1"),
+            (boxes, b"n03_0.JPEG\t1\t2\t%d\t9\n" % 10**30, "a box of '1 2 10000"),
             (self.tree / "words.txt", b"n01\tGerman shepherd\n", "n02"),
             (self.tree / "wnids.txt", None, "wnids.txt"),
             (annotations, "".join(lines[1:]).encode(), "val_0.JPEG"),
@@ -427,7 +435,8 @@ class Download(InFolder):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.addCleanup(server.server_close)
         self.addCleanup(server.shutdown)
-        self.enterContext(mock.patch.object(data, "URL", f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip"))
+        url = f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip"
+        self.enterContext(mock.patch.object(data, "URL", url))
         self.enterContext(mock.patch.object(data, "MD5", hashlib.md5(self.zip).hexdigest()))
 
     def refused(self):
@@ -439,7 +448,8 @@ class Download(InFolder):
     def test_a_good_download_is_extracted_and_read(self):
         with contextlib.redirect_stderr(io.StringIO()):
             self.assertEqual(len(data.load("tiny-imagenet", "data").labels), 12)
-        self.assertEqual(sorted(os.listdir("data")), ["tiny-imagenet-200", "tiny-imagenet-200.pt", "tiny-imagenet-200.zip"])
+        names = ["tiny-imagenet-200", "tiny-imagenet-200.pt", "tiny-imagenet-200.zip"]
+        self.assertEqual(sorted(os.listdir("data")), names)
 
     def test_a_cut_or_changed_download_is_refused_and_leaves_nothing(self):
         for answer in (self.zip[:len(self.zip) // 2], b"x" + self.zip[1:]):
@@ -735,7 +745,7 @@ LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 
 
 def resnet():
-    """With random BatchNorms, so that nothing in it is zero, one or the same for all channels, as in a fresh network."""
+    """With random BatchNorms: nothing in it is zero, one or the same for all channels, as it is in a fresh network."""
     torch.manual_seed(0)
     network = model.ResNet18(10, stem_stride=4).eval()
     for module in network.modules():
@@ -751,6 +761,11 @@ def pictures(count=3, side=48, seed=1):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
+def pooled(*layers):
+    """A network of these layers, each of whose last feature maps is averaged to the logit of a class."""
+    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
 def scaled(cam):
     cam = cam - cam.amin((1, 2), keepdim=True)
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-30)
@@ -758,14 +773,18 @@ def scaled(cam):
 
 class GradCamFormula(unittest.TestCase):
     def test_last_layer_of_a_network_with_a_linear_head_gives_cam(self):
-        """Zhou et al. 2016: there Grad-CAM is the class's weights times the activations, rectified; no gradient needed."""
+        """Zhou et al. 2016: there Grad-CAM is the class's weights times the activations, rectified.
+
+        No gradient is needed.
+        """
         network, images, classes = resnet(), pictures(), torch.tensor([0, 7, 3])
         with torch.no_grad():
             x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
             features = network.layer4(network.layer3(network.layer2(network.layer1(x))))
             cam = (network.fc.weight[classes][:, :, None, None] * features).sum(1).relu()
             expected = scaled(F.interpolate(cam[:, None], (48, 48), mode="bilinear")[:, 0])
-        torch.testing.assert_close(gradcam.GradCAM(network, ["layer4"])(images, classes)["layer4"], expected, atol=1e-5, rtol=0)
+        actual = gradcam.GradCAM(network, ["layer4"])(images, classes)["layer4"]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
     def test_weights_are_what_finite_differences_say_the_score_gains(self):
         """In float64: strengthen one feature map of layer2 a little at every position, and see what the score gains."""
@@ -789,10 +808,12 @@ class GradCamFormula(unittest.TestCase):
             self.assertEqual(maps.shape, (3, 48, 48))
 
     def test_a_layer_before_an_inplace_relu_is_seen_as_it_was(self):
-        def network(inplace):
+        def maps(inplace):
             torch.manual_seed(0)
-            return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(inplace), torch.nn.Conv2d(8, 5, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-        torch.testing.assert_close(gradcam.GradCAM(network(True), ["0"])(pictures())["0"], gradcam.GradCAM(network(False), ["0"])(pictures())["0"])
+            network = pooled(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(inplace), torch.nn.Conv2d(8, 5, 3))
+            return gradcam.GradCAM(network, ["0"])(pictures())["0"]
+
+        torch.testing.assert_close(maps(inplace=True), maps(inplace=False))
 
     def test_the_predicted_class_is_explained_unless_another_is_asked_for(self):
         network, images = resnet(), pictures(4)
@@ -809,9 +830,9 @@ class GradCamFormula(unittest.TestCase):
         for maps in gradcam.GradCAM(resnet(), LAYERS)(pictures()).values():
             self.assertEqual(maps.amin((1, 2)).tolist(), [0, 0, 0])
             self.assertEqual(maps.amax((1, 2)).tolist(), [1, 1, 1])
-        flat = gradcam.GradCAM(resnet(), ["layer4"])(pictures(9, 32), torch.arange(9))["layer4"]  # one position: nothing to compare
-        self.assertEqual(flat.abs().max(), 0)
-        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        flat = gradcam.GradCAM(resnet(), ["layer4"])(pictures(9, 32), torch.arange(9))["layer4"]
+        self.assertEqual(flat.abs().max(), 0)  # one position: nothing to compare
+        network = pooled(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))
         network[2].weight.data.fill_(-1)  # nothing speaks for either class: no division of zero by zero
         self.assertEqual(gradcam.GradCAM(network, ["1"])(pictures())["1"].abs().max(), 0)
 
@@ -882,10 +903,13 @@ class GradCamAnywhere(unittest.TestCase):
                     images.grad, [hash(tensor.numpy().tobytes()) for tensor in tensors])
 
         before = trace()
-        for call in (lambda: gradcam.GradCAM(network, LAYERS)(images), lambda: gradcam.GradCAM(network, LAYERS)(images, torch.tensor([99] * 3)),
-                     lambda: gradcam.GradCAM(network, LAYERS)(torch.zeros(2, 5, 64, 64)), lambda: gradcam.GradCAM(network, ["layer1", "fc"])(images)):
+        for layers, *arguments in (
+                (LAYERS, images),
+                (LAYERS, images, torch.tensor([99] * 3)),  # no such class
+                (LAYERS, torch.zeros(2, 5, 64, 64)),  # five channels
+                (["layer1", "fc"], images)):  # fc has no feature maps
             with contextlib.suppress(Exception):
-                call()
+                gradcam.GradCAM(network, layers)(*arguments)
             self.assertEqual(trace(), before)
 
     def test_layers_that_are_not_there_or_yield_no_maps_are_named(self):
@@ -922,15 +946,17 @@ class GradCamMeasures(unittest.TestCase):
         for image, (x, y) in zip(images, corner.tolist()):
             image[:, y:y + 16, x:x + 16] = 255
         labels = torch.arange(count) % 2  # the network says 0, always
-        dataset = data.Dataset("dots", images, labels, torch.cat([corner, corner + 16], 1), labels == 0, ["a", "b"], ["a", "b"])
-        network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        boxes, names = torch.cat([corner, corner + 16], 1), ["a", "b"]
+        dataset = data.Dataset("dots", images, labels, boxes, labels == 0, names, names)
+        network = pooled(torch.nn.Conv2d(3, 2, 1), torch.nn.ReLU())
         network[0].weight.data[:], network[0].bias.data[:] = torch.tensor([1.0, 0.5])[:, None, None, None], 0.0
         with contextlib.redirect_stderr(io.StringIO()) as log:
             text = gradcam.evaluate(network, dataset, torch.arange(count), 64, "cpu", ["1"], batch_size=7)
         self.assertIn("40 validation images, 20 of them predicted correctly, 20 wrongly", text)
         self.assertIn("40 of 40 images", log.getvalue())
         self.assertLessEqual(len(log.getvalue().splitlines()), 10)
-        rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in text.splitlines() if "|" in line}
+        table = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
+        rows = {name: numbers for name, *numbers in table}
         self.assertEqual(rows["1"], ["100.0"] * 6)
         self.assertEqual(rows["chance: a flat map"], [f"{100 / 16:.1f}"] * 6)
         middle = ((corner <= 31) & (corner + 16 > 32)).all(1).float()
@@ -944,11 +970,10 @@ class GradCamCommand(unittest.TestCase):
         cls.folder = Path(cls.temporary.name)
         cls.dataset = data.shapes(0, per_class=10)
         torch.manual_seed(0)
-        cls.checkpoint = {"format": model.FORMAT,
-                          "config": {"dataset": "shapes", "data_dir": "data", "split": "70-30", "model": "resnet18",
-                                     "stem_stride": 4, "resolutions": [16, 32], "min_crop": 1.0, "classes": None, "seed": 0},
-                          "classes": cls.dataset.class_names, "model": resnet().state_dict(), "epoch": 1, "history": [],
-                          "optimizer": {}, "scaler": {}}
+        config = {"dataset": "shapes", "data_dir": "data", "split": "70-30", "model": "resnet18", "stem_stride": 4,
+                  "resolutions": [16, 32], "min_crop": 1.0, "classes": None, "seed": 0}
+        cls.checkpoint = {"format": model.FORMAT, "config": config, "classes": cls.dataset.class_names,
+                          "model": resnet().state_dict(), "epoch": 1, "history": [], "optimizer": {}, "scaler": {}}
         torch.save(cls.checkpoint, cls.folder / "last.pt")
         rng = np.random.default_rng(0)
         cls.pixels = rng.integers(0, 255, (8, 8, 3), np.uint8).repeat(12, 0).repeat(12, 1)
@@ -980,9 +1005,11 @@ class GradCamCommand(unittest.TestCase):
     def test_titles_do_not_overlap(self):
         """Long names are wrapped: measured on the drawn picture, no title reaches into another or out of the figure."""
         import matplotlib.pyplot as plt
-        title = gradcam.title("predicted: Walker hound, Walker foxhound, $\\frac antelope of the dunes", "actual: " + "Donau" * 40)
+        title = gradcam.title("predicted: Walker hound, Walker foxhound, $\\frac antelope of the dunes",
+                              "actual: " + "Donau" * 40)
+        maps = {"layer1": torch.rand(6, 64, 64)}
         with mock.patch.object(plt, "close"):
-            gradcam.draw(self.dataset.images[:6], {"layer1": torch.rand(6, 64, 64)}, [title] * 6, "heading", self.folder / "t.png")
+            gradcam.draw(self.dataset.images[:6], maps, [title] * 6, "heading", self.folder / "t.png")
         figure = plt.gcf()
         boxes = [axis.title.get_window_extent() for axis in figure.axes if axis.get_title()]
         boxes += [text.get_window_extent() for text in figure.texts]
@@ -998,11 +1025,17 @@ class GradCamCommand(unittest.TestCase):
         grey = plain.convert("L")
         exif = Image.Exif()
         exif[0x0112] = 6  # the camera was held sideways: turn by 90 degrees clockwise
-        guises = {"plain.png": (plain, {}), "rgba.png": (plain.convert("RGBA"), {}), "exif.png": (plain.rotate(90), {"exif": exif}),
-                  "large.png": (plain.resize((960, 960), 0), {}), "still.webp": (plain, {"lossless": True}),
+        sixteen_bits = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+        guises = {"plain.png": (plain, {}),
+                  "rgba.png": (plain.convert("RGBA"), {}),
+                  "exif.png": (plain.rotate(90), {"exif": exif}),
+                  "large.png": (plain.resize((960, 960), 0), {}),
+                  "still.webp": (plain, {"lossless": True}),
                   "moving.png": (plain, {"save_all": True, "append_images": [grey.convert("RGB")]})}
-        greys = {"grey.png": (grey, {}), "grey16.png": (Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), {}),
-                 "grey-alpha.png": (grey.convert("LA"), {}), "palette.gif": (grey.convert("P"), {})}
+        greys = {"grey.png": (grey, {}),
+                 "grey16.png": (sixteen_bits, {}),
+                 "grey-alpha.png": (grey.convert("LA"), {}),
+                 "palette.gif": (grey.convert("P"), {})}
         for expected, group in ((plain, guises), (grey.convert("RGB"), greys)):
             resized = pil_to_tensor(resize(expected, 64)).int()
             for name, (picture, options) in group.items():
@@ -1023,7 +1056,8 @@ class GradCamCommand(unittest.TestCase):
         square = gradcam.read_picture(self.folder / "own.png")[None]
         with torch.no_grad():
             best = model.restore(self.checkpoint, "").eval()(data.prepare(square, 32)).softmax(1)[0].topk(5)
-        expected = [f"{100 * p:7.1f} %  {self.dataset.class_names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist())]
+        names = [self.dataset.class_names[i] for i in best.indices]
+        expected = [f"{100 * p:7.1f} %  {name}" for p, name in zip(best.values.tolist(), names)]
         self.assertEqual(out.splitlines()[1:6], expected)
         self.assertTrue((self.folder / "pictures.png").exists())
         os.rename(self.folder / "own.png", self.folder / "猫$\\frac|.png")  # not in the font; no formula
@@ -1033,12 +1067,15 @@ class GradCamCommand(unittest.TestCase):
         self.assertEqual([str(w.message) for w in caught if w.category is UserWarning], [])
 
     def test_bad_input_is_one_line_that_names_the_file(self):
-        (self.folder / "notes.txt").write_text("not\na picture")
-        Image.fromarray(self.pixels).save(self.folder / "whole.png")
-        (self.folder / "half.png").write_bytes((self.folder / "whole.png").read_bytes()[:300])
-        cases = [(self.folder / name, [self.folder, self.folder / name]) for name in ("notes.txt", "half.png", "missing.jpg", ".")]
-        cases += [(self.folder / "no" / "last.pt", [self.folder / "no"]), ("layer9", [self.folder, "--layers", "layer9"]),
-                  ("warp", [self.folder, "--device", "warp"]), (self.folder / "no", [self.folder, "--out", self.folder / "no" / "x.png"])]
+        folder = self.folder
+        (folder / "notes.txt").write_text("not\na picture")
+        Image.fromarray(self.pixels).save(folder / "whole.png")
+        (folder / "half.png").write_bytes((folder / "whole.png").read_bytes()[:300])
+        cases = [(folder / name, [folder, folder / name]) for name in ("notes.txt", "half.png", "missing.jpg", ".")]
+        cases += [(folder / "no" / "last.pt", [folder / "no"]),
+                  ("layer9", [folder, "--layers", "layer9"]),
+                  ("warp", [folder, "--device", "warp"]),
+                  (folder / "no", [folder, "--out", folder / "no" / "x.png"])]
         for name, arguments in cases:
             code, out, err = self.command(*arguments)
             self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
@@ -1052,7 +1089,8 @@ class GradCamCommand(unittest.TestCase):
 def made_boxes(n=500, seed=0):
     """Widths and heights around four shapes."""
     rng = np.random.default_rng(seed)
-    return np.array([[20, 30], [60, 40], [150, 200], [300, 120]])[rng.integers(0, 4, n)] * np.exp(rng.normal(0, 0.3, (n, 2)))
+    shapes = np.array([[20, 30], [60, 40], [150, 200], [300, 120]])
+    return shapes[rng.integers(0, 4, n)] * np.exp(rng.normal(0, 0.3, (n, 2)))
 
 
 def made_coco(images=20, boxes=200, classes=3, seed=0):
@@ -1063,8 +1101,9 @@ def made_coco(images=20, boxes=200, classes=3, seed=0):
         w, h = rng.uniform(20, 300), rng.uniform(20, 200)
         x, y = round(rng.uniform(0, 640 - w), 2), round(rng.uniform(0, 480 - h), 2)
         polygon = {"counts": [1, 2], "size": [480, 640]} if i == 0 else [[x, y, x + w, y, x + w, y + h], [1.5, 2]]
-        annotations.append({"segmentation": polygon, "area": w * h, "iscrowd": int(i == 0), "image_id": 100 + i % images,
-                            "bbox": [x, y, round(w, 2), round(h, 2)], "category_id": 1 + rng.randrange(classes), "id": i})
+        annotations.append({"segmentation": polygon, "area": w * h, "iscrowd": int(i == 0),
+                            "image_id": 100 + i % images, "bbox": [x, y, round(w, 2), round(h, 2)],
+                            "category_id": 1 + rng.randrange(classes), "id": i})
     return {"info": {"note": '"segmentation": [[ {]} \\'}, "annotations": annotations,
             "images": [{"id": 100 + i, "width": 640, "height": 480} for i in range(images)],
             "categories": [{"id": 1 + c, "name": f"class {c}"} for c in range(classes)]}
@@ -1103,9 +1142,12 @@ class Anchors(unittest.TestCase):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for trial in range(60):
-                boxes = np.exp(rng.normal(0, rng.choice([0, 0.1, 1, 7]), (rng.integers(3, 200), 2))) * [1, 10.0 ** rng.integers(-6, 7)]
+                spread, count = rng.choice([0, 0.1, 1, 7]), rng.integers(3, 200)
+                boxes = np.exp(rng.normal(0, spread, (count, 2))) * [1, 10.0 ** rng.integers(-6, 7)]
                 k = min(int(rng.integers(1, 6)), len(np.unique(boxes, axis=0)))
-                anchors, score = kmeans(boxes[rng.integers(0, len(boxes), 400)] if trial % 3 == 0 and k == 1 else boxes, k, trial)
+                if trial % 3 == 0 and k == 1:
+                    boxes = boxes[rng.integers(0, len(boxes), 400)]
+                anchors, score = kmeans(boxes, k, trial)
                 self.assertTrue(np.isfinite(anchors).all() and anchors.min() > 0 and 0 < score <= 1 + 1e-12)
 
     def test_bad_rows_are_named(self):
@@ -1121,85 +1163,87 @@ class Anchors(unittest.TestCase):
             kmeans([[1, 2], [3, 4], [1, 2]], 3)
 
 
-class Analysis(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-
+class Analysis(InFolder):
     def write(self, content, name="file.json"):
         content = content if isinstance(content, (str, bytes)) else json.dumps(content)
-        (self.folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
         return self.folder / name
 
-    def run_main(self, path, *options):
-        """Runs the command in this process; any warning is an error. Returns exit code, stdout, stderr."""
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        with mock.patch.object(sys, "argv", ["coco_analysis.py", str(path), "--out", str(self.folder / "out"), *options]):
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-                warnings.simplefilter("error")
-                try:
-                    coco_analysis.main()
-                except SystemExit as error:
-                    code = error.code
-        return code, out.getvalue(), err.getvalue()
+    def analyse(self, path, *options):
+        """Runs coco_analysis.py in this process, with its report in out; any warning is an error."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return call(coco_analysis, path, "--out", self.folder / "out", *options)
+
+    def assertRefused(self, result, *words):
+        """In addition, nothing on stdout, and on stderr not even a word of a download."""
+        super().assertRefused(result, *words)
+        _, out, err = result
+        self.assertEqual((out, err.count("\n")), ("", 1), err)
 
     def without_pictures(self):
-        for name in [name for name in dir(coco_analysis) if name.startswith("draw_")]:
-            patch = mock.patch.object(coco_analysis, name)
-            patch.start()
-            self.addCleanup(patch.stop)
+        for name in dir(coco_analysis):
+            if name.startswith("draw_"):
+                self.enterContext(mock.patch.object(coco_analysis, name))
 
     def test_the_stream_reads_what_json_reads(self):
-        """The window of the reader, here of 50 characters, gives the same columns as json.load, however the file is laid out."""
+        """With a window of 50 characters the reader gives the columns of json.load, however the file is laid out."""
         whole = made_coco(boxes=40)
         wanted = np.array([a["bbox"] for a in whole["annotations"]])
-        layouts = [json.dumps(whole), json.dumps(whole, indent=2), json.dumps(whole, separators=(",", ":")), json.dumps(whole, sort_keys=True)]
+        layouts = [json.dumps(whole), json.dumps(whole, indent=2), json.dumps(whole, separators=(",", ":")),
+                   json.dumps(whole, sort_keys=True)]
         contents = [layout.encode() for layout in layouts]
-        contents += [b"\xef\xbb\xbf" + contents[0], gzip.compress(contents[0]), layouts[1].replace("\n", "\r\n").encode()]
+        contents += [b"\xef\xbb\xbf" + contents[0], gzip.compress(contents[0]),
+                     layouts[1].replace("\n", "\r\n").encode()]
         for content in contents:
             with mock.patch.object(coco_analysis, "WINDOW", 50):
                 data = coco_analysis.Data(self.write(content))
             np.testing.assert_array_equal(data.bbox, wanted)
             self.assertEqual(data.crowd.tolist(), [a["iscrowd"] == 1 for a in whole["annotations"]])
-            self.assertEqual([list(data.classes)[c] for c in data.class_row], [a["category_id"] for a in whole["annotations"]])
-            self.assertEqual([list(data.images)[i] for i in data.image_row], [a["image_id"] for a in whole["annotations"]])
+            classes = [list(data.classes)[c] for c in data.class_row]
+            self.assertEqual(classes, [a["category_id"] for a in whole["annotations"]])
+            images = [list(data.images)[i] for i in data.image_row]
+            self.assertEqual(images, [a["image_id"] for a in whole["annotations"]])
 
     def test_every_reading_of_bbox_is_recognised(self):
         rng = np.random.default_rng(0)
         size = rng.integers(200, 1200, (2000, 2)).astype(float)
         wh = size * rng.uniform(0.02, 0.7, (2000, 2))
         x, y, w, h = *(rng.uniform(0, 1, (2000, 2)) * (size - wh)).T, *wh.T
-        written = {"xywh": (x, y, w, h), "yxwh": (y, x, w, h), "xyxy": (x, y, x + w, y + h), "yxyx": (y, x, y + h, x + w),
+        written = {"xywh": (x, y, w, h), "yxwh": (y, x, w, h),
+                   "xyxy": (x, y, x + w, y + h), "yxyx": (y, x, y + h, x + w),
                    "cxcywh": (x + w / 2, y + h / 2, w, h)}
         for reading, numbers in written.items():
             shares, best = coco_analysis.try_readings(np.stack(numbers, 1), size)
             self.assertEqual((best, shares[best]), (reading, 1.0))
             scale = (size[:, ::-1] if reading.startswith("y") else size)
             scale = np.hstack([scale, size if reading.endswith("wh") else scale])
-            best = coco_analysis.try_readings(np.stack(numbers, 1) / scale, size)[1]          # x1 y1 x2 y2 and y1 x1 y2 x2: a true tie
+            best = coco_analysis.try_readings(np.stack(numbers, 1) / scale, size)[1]
+            # As fractions, x1 y1 x2 y2 and y1 x1 y2 x2 are a true tie.
             self.assertEqual(best, reading.replace("yxyx", "xyxy") + "-fraction")
 
     def test_the_report_counts_what_is_there(self):
         whole = made_coco()
-        whole["annotations"] += [dict(whole["annotations"][1], id=900), dict(whole["annotations"][2], image_id=999),
-                                 dict(whole["annotations"][3], bbox=[1, 2, 0, 4]), dict(whole["annotations"][4], bbox=[float("nan")] * 4)]
+        _, one, two, three, four, *_ = whole["annotations"]
+        whole["annotations"] += [dict(one, id=900), dict(two, image_id=999), dict(three, bbox=[1, 2, 0, 4]),
+                                 dict(four, bbox=[float("nan")] * 4)]
         whole["categories"].append({"id": 7, "name": "=$a|b\n狗" + "x" * 200})
-        code, out, err = self.run_main(self.write(whole))
+        code, out, err = self.analyse(self.write(whole))
         self.assertEqual((code, err), (0, ""))
-        for line in ("1 boxes without area: annotations[202]", "1 boxes with NaN", "1 boxes that repeat an earlier one", "1 crowds",
-                     "1 annotations whose image does not exist", "1 classes without annotations"):
+        for line in ("1 boxes without area: annotations[202]", "1 boxes with NaN", "1 boxes that repeat an earlier one",
+                     "1 crowds", "1 annotations whose image does not exist", "1 classes without annotations"):
             self.assertIn(line, out)
-        names = ["anchors.json", "anchors.png", "anchors_iou.png", "bbox_distribution.png", "bbox_wh.png", "class_distribution.csv",
-                 "class_distribution.png", "report.md"]
-        self.assertEqual(sorted(os.listdir(self.folder / "out")), names)
-        rows = {row["id"]: row for row in csv.DictReader(io.StringIO((self.folder / "out" / "class_distribution.csv").read_text("utf-8")))}
+        names = ["anchors.json", "anchors.png", "anchors_iou.png", "bbox_distribution.png", "bbox_wh.png",
+                 "class_distribution.csv", "class_distribution.png", "report.md"]
+        self.assertEqual(sorted(os.listdir("out")), names)
+        table = io.StringIO(Path("out/class_distribution.csv").read_text("utf-8"))
+        rows = {row["id"]: row for row in csv.DictReader(table)}
         for key in "123":
             mine = [a for a in whole["annotations"] if a["category_id"] == int(key)]
             self.assertEqual(int(rows[key]["boxes"]), sum(not a["iscrowd"] for a in mine))
             self.assertEqual(int(rows[key]["images"]), len({a["image_id"] for a in mine}))
         self.assertTrue(rows["7"]["name"].startswith("'="))
-        anchors = json.loads((self.folder / "out" / "anchors.json").read_text())["anchors"]
+        anchors = json.loads(Path("out/anchors.json").read_text())["anchors"]
         self.assertEqual([len(anchors[k]["width_height"]) for k in "3456"], [3, 4, 5, 6])
 
     def test_the_assignments_text_file_is_understood(self):
@@ -1208,48 +1252,79 @@ class Analysis(unittest.TestCase):
         for _ in range(300):
             width, height = rng.randint(300, 1200), rng.randint(300, 1000)
             w, h = rng.randint(20, width // 2), rng.randint(20, height // 2)
-            lines.append(f"id: {rng.randrange(80)}, height: {height}, width: {width}, bbox:[{rng.randint(0, height - h)}, "
-                         f"{rng.randint(0, width - w)}, {w}, {h}],")
+            number, y, x = rng.randrange(80), rng.randint(0, height - h), rng.randint(0, width - w)
+            lines.append(f"id: {number}, height: {height}, width: {width}, bbox:[{y}, {x}, {w}, {h}],")
         self.without_pictures()
-        code, out, err = self.run_main(self.write("\n".join(lines), "boxes.txt"))
+        code, out, err = self.analyse(self.write("\n".join(lines), "boxes.txt"))
         self.assertEqual((code, err), (0, ""))
         self.assertIn("bbox is [y, x, width, height]: 100.0%", out)
-        self.assertIn("COCO's names are **assumed**", (self.folder / "out" / "report.md").read_text())
+        self.assertIn("COCO's names are **assumed**", Path("out/report.md").read_text())
 
     def test_bad_files_get_one_line_and_no_report(self):
         good = json.dumps(made_coco(boxes=20))
-        bad = {"": "no annotations", "hello": "line 1", good[:900]: "cut off", good.replace('"bbox"', '"box"'): "no 'bbox'",
-               good.replace('"bbox": [', '"bbox": ["x", ', 1): "annotations[0]", good.replace(', "id": 3}', ' "id": 3}'): "annotations[3]",
-               '{"annotations": []}': "no annotations", '{"a": 1}': "another kind", "[" * 100000: "nested", '{"annotations": {}}': "no list",
-               '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]': "four numbers", "[1]": "no object", "\x00\xff": "line 1",
-               good.encode("utf-16"): "UTF-8", good + "x": "behind the end",
-               good.replace('"annotations": [', '"annotations": [' + "9" * 5000 + ","): "limit"}
+        bad = {
+            "": "no annotations",
+            "hello": "line 1",
+            "\x00\xff": "line 1",
+            '{"annotations": []}': "no annotations",
+            '{"annotations": {}}': "no list",
+            '{"a": 1}': "another kind",
+            "[1]": "no object",
+            '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]': "four numbers",
+            "[" * 100000: "nested",
+            good[:900]: "cut off",
+            good + "x": "behind the end",
+            good.encode("utf-16"): "UTF-8",
+            good.replace('"bbox"', '"box"'): "no 'bbox'",
+            good.replace('"bbox": [', '"bbox": ["x", ', 1): "annotations[0]",
+            good.replace(', "id": 3}', ' "id": 3}'): "annotations[3]",
+            good.replace('"annotations": [', '"annotations": [' + "9" * 5000 + ","): "limit",
+        }
         for content, message in bad.items():
-            code, out, err = self.run_main(self.write(content))
-            self.assertEqual((code, out, err.count("\n")), (2, "", 1), content[:50])
-            self.assertIn(message, err)
-        code, _, err = self.run_main(self.folder)
-        self.assertEqual((code, err.count("\n")), (2, 1))
-        (self.folder / "out").write_text("mine")
-        self.assertEqual(self.run_main(self.write(good))[0], 2)
-        self.assertEqual(sorted(os.listdir(self.folder)), ["file.json", "out"])
-        self.assertEqual((self.folder / "out").read_text(), "mine")
+            with self.subTest(content[:50]):
+                self.assertRefused(self.analyse(self.write(content)), message)
+        self.assertRefused(self.analyse(self.folder), self.folder)
+        Path("out").write_text("mine")
+        self.assertRefused(self.analyse(self.write(good)), self.folder / "out")
+        self.assertEqual(sorted(os.listdir()), ["file.json", "out"])
+        self.assertEqual(Path("out").read_text(), "mine")
 
     def test_mutated_files_never_end_in_a_traceback(self):
         self.without_pictures()
         rng, good = random.Random(0), json.dumps(made_coco(images=4, boxes=12)).encode()
-        odd = [b"1e400", b"NaN", b"-Infinity", b"null", b"true", b'"12"', b"[]", b"{}", b"-0", b"9" * 400, b'"\\ud800"', b"[[[", b"\xff", b"}", b","]
+        odd = [b"1e400", b"NaN", b"-Infinity", b"null", b"true", b'"12"', b"[]", b"{}", b"-0", b"9" * 400,
+               b'"\\ud800"', b"[[[", b"\xff", b"}", b","]
         for _ in range(150):
             at = rng.randrange(len(good))
-            code, _, err = self.run_main(self.write(good[:at] + rng.choice(odd) + good[at + rng.randrange(12):]), "--k", "2")
+            mutated = good[:at] + rng.choice(odd) + good[at + rng.randrange(12):]
+            code, _, err = self.analyse(self.write(mutated), "--k", 2)
             self.assertIn((code, err.count("\n")), [(0, 0), (2, 1)])
 
     def test_the_command_works_from_a_shell(self):
         path = self.write(made_coco())
-        done = subprocess.run([sys.executable, coco_analysis.__file__, path.name, "--k", "2", "--resize", "letterbox"], cwd=self.folder,
-                              capture_output=True, text=True)
+        command = [sys.executable, coco_analysis.__file__, path.name, "--k", "2", "--resize", "letterbox"]
+        done = subprocess.run(command, capture_output=True, text=True)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertTrue((self.folder / "analysis" / "file" / "report.md").exists())
+        self.assertTrue(Path("analysis/file/report.md").exists())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+class Readme(unittest.TestCase):
+
+    def test_links_lead_to_what_they_name(self):
+        text = (HERE / "README.md").read_text("utf-8")
+        for name, file, number in re.findall(r"\[([^][]+)\]\(([^()#\s]+\.py)#L(\d+)", text):
+            lines = (HERE / file).read_text("utf-8").split("\n")
+            there = "".join(lines[int(number) - 1:int(number)])  # nothing, if the file has fewer lines
+            name = name.strip("`")
+            self.assertRegex(there, rf"^ *(def|class) {re.escape(name)}\b", f"[{name}]({file}#L{number})")
+        pictures = re.findall(r"\]\((assets/[^()\s]+)", text)
+        self.assertTrue(pictures)
+        for picture in pictures:
+            self.assertTrue((HERE / picture).is_file(), picture)
 
 
 if __name__ == "__main__":
