@@ -388,7 +388,9 @@ class TinyImageNet(InFolder):
             self.assertEqual(picture.height, 4 * 192)  # a row for each of the four classes
         shutil.rmtree("data")
         write_tree(self.tree, train_images=1, val_images=1)
-        self.assertEqual(call(data, "--out", "samples.png")[0], 0)
+        self.assertEqual(call(data, "--out", "few.png")[0], 0)
+        with Image.open("few.png") as picture:
+            self.assertEqual(picture.height, 4 * 192)
 
     def test_what_cannot_be_written_is_one_line(self):
         Path("file").write_text("mine")
@@ -700,8 +702,15 @@ class Training(InFolder):
         self.assertEqual(process.returncode, 0, printed)
         self.assertEqual(printed.count("epoch  2/2"), 1, printed)  # the first process alone speaks, and writes
         self.assertIn("2 processes", printed)
-        self.assertEqual(len(history("two")), 2)
         self.assertTrue(Path("two/report.md").exists())
+        # What they found, each on its half of the validation images, is what one finds on all with the saved weights.
+        checkpoint, dataset = model.load_checkpoint("two/last.pt"), data.load()
+        batches = data.Batches(dataset, data.split(dataset)[1], 1000, "cpu", augment=False)
+        network, progress = model.restore(checkpoint, "two/last.pt"), train.Progress(quiet=True)
+        loss, accuracy, _, _ = train.evaluate(network, batches, 22, torch.float32, progress)
+        last = checkpoint["history"][-1]
+        self.assertEqual((last["epoch"], last["val_accuracy"]), (2, accuracy))
+        self.assertAlmostEqual(last["val_loss"], loss, places=4)
 
     def test_what_cannot_work_is_refused_in_one_line(self):
         self.assertEqual(call(train, "--epochs", 1, "--out", "good", *FLAGS)[0], 0)
@@ -903,12 +912,13 @@ class GradCamAnywhere(unittest.TestCase):
                     images.grad, [hash(tensor.numpy().tobytes()) for tensor in tensors])
 
         before = trace()
+        gradcam.GradCAM(network, LAYERS)(images)
+        self.assertEqual(trace(), before)
         for layers, *arguments in (
-                (LAYERS, images),
                 (LAYERS, images, torch.tensor([99] * 3)),  # no such class
                 (LAYERS, torch.zeros(2, 5, 64, 64)),  # five channels
                 (["layer1", "fc"], images)):  # fc has no feature maps
-            with contextlib.suppress(Exception):
+            with self.assertRaises((RuntimeError, ValueError)):
                 gradcam.GradCAM(network, layers)(*arguments)
             self.assertEqual(trace(), before)
 
