@@ -324,7 +324,7 @@ def write_report(folder, args, network, dataset, val, predicted, history, plain,
     names, labels = dataset.class_names, dataset.labels[val]
     gap = plain - last["val_accuracy"]
     verdict = "The network overfits little: longer training or less augmentation may still gain."
-    if gap > 0.2:
+    if gap > 0.1:
         verdict = "The network overfits: more augmentation or weight decay, or fewer epochs, should help."
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
     confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)  # [actual, predicted]
