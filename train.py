@@ -450,8 +450,11 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
     axis.grid(alpha=0.3)
     axis.legend()
     data.save_figure(figure, path)
-    print(f"The loss is lowest at {best:.2g}: a --max-lr of once to twice that is good, as OneCycle comes there\n"
-          f"slowly and soon leaves it again\nwrote {path}")
+    if min(losses) > 0.97 * losses[0]:  # the shapes, say, of which nothing is learned in the first fifty steps
+        print(f"The loss has hardly fallen in {len(losses)} steps: here the test says nothing\nwrote {path}")
+    else:
+        print(f"The loss is lowest at {best:.2g}: a --max-lr of once to twice that is good, as OneCycle comes there\n"
+              f"slowly and soon leaves it again\nwrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
