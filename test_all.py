@@ -1326,7 +1326,9 @@ class Readme(unittest.TestCase):
 
     def test_links_lead_to_what_they_name(self):
         text = (HERE / "README.md").read_text("utf-8")
-        for name, file, number in re.findall(r"\[([^][]+)\]\(([^()#\s]+\.py)#L(\d+)", text):
+        links = re.findall(r"\[([^][]+)\]\(([^()#\s]+\.py)#L(\d+)", text)
+        self.assertTrue(links)
+        for name, file, number in links:
             lines = (HERE / file).read_text("utf-8").split("\n")
             there = "".join(lines[int(number) - 1:int(number)])  # nothing, if the file has fewer lines
             name = name.strip("`")

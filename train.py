@@ -468,8 +468,8 @@ def make_parser():
     add("--data-dir", default="data", help="where Tiny ImageNet is, or is downloaded to")
     add("--split", choices=("70-30", "official"), default="70-30",
         help="70-30 is the assignment's; official (100,000/10,000) is what papers report")
-    add("--classes", type=int, help="train on the first so many classes only: 20 make a trial of minutes, not hours")
-    add("--model", choices=model.MODELS, default="resnet18", help="resnet18 is the faster and more accurate of the two")
+    add("--classes", type=int, help="train on the first so many classes only: 20 take a CPU an hour or two")
+    add("--model", choices=model.MODELS, default="resnet18", help="resnet18, the faster of the two")
     add("--stem-stride", type=int, choices=(4, 2, 1),
         help="of ResNet18: 2 keeps four times the positions of the original's 4, which was made for images of 224 "
              "pixels; 4 is three to four times as fast, the choice for a CPU; 1 is four times slower (shapes: 4)")
