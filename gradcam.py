@@ -151,28 +151,35 @@ def measure(maps, boxes):
     return torch.stack((pointing, energy), dim=1)
 
 
-def evaluate(network, dataset, indices, resolution, device, layers=None, target="predicted", batch_size=128):
+def evaluate(network, dataset, indices, resolution, min_crop, device, layers=None, target="predicted", batch_size=128):
     """The table of the measures over the images of indices, as Markdown: a row for each layer, chance and the centre.
 
-    The maps are those of the predicted or of the actual class. Says on stderr how far it is.
+    The maps are those of the predicted or of the actual class. resolution and min_crop: as the network was trained.
+    Says on stderr how far it is.
     """
     cam = GradCAM(network, layers)
-    batches = data.Batches(dataset, indices, batch_size, device, augment=False)
+    batches = data.Batches(dataset, indices, batch_size, device, False, min_crop)
     boxes = dataset.boxes[indices].to(device)
-    size = dataset.images.shape[2:]  # where the boxes are; the network may have been fed smaller images
-    centre = torch.zeros(1, *size, device=device)  # the centre point is the corner that the middle four pixels share
-    centre[:, size[0] // 2 - 1:size[0] // 2 + 1, size[1] // 2 - 1:size[1] // 2 + 1] = 1
+    middle = torch.zeros(1, data.SIZE, data.SIZE, device=device)
+    middle[:, data.SIZE // 2 - 1:data.SIZE // 2 + 1, data.SIZE // 2 - 1:data.SIZE // 2 + 1] = 1  # there is no one pixel
     scores, correct, start, shown = {}, [], time.perf_counter(), 0
     for images, labels, *_ in batches.epoch(0, resolution):
-        maps = cam(images, labels if target == "actual" else None, size)
-        maps["chance: a flat map"] = torch.ones_like(centre).expand(len(images), -1, -1)
-        maps["a point at the centre"] = centre.expand(len(images), -1, -1)
+        maps = on_whole_images(cam, images, labels if target == "actual" else None, min_crop)
+        maps["chance: a flat map"] = torch.ones_like(middle).expand(len(images), -1, -1)
+        maps["a point at the centre"] = middle.expand(len(images), -1, -1)
         done = sum(map(len, correct))
         for name, heat in maps.items():
             scores.setdefault(name, []).append(measure(heat, boxes[done:done + len(images)]).cpu())
         correct.append((cam.logits.argmax(1) == labels).cpu())
         shown = progress(done + len(images), len(indices), start, shown)
     return table({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(correct), target)
+
+
+def on_whole_images(cam, images, classes, min_crop):
+    """Maps (N, 64, 64) of what the network was fed, which may be smaller and lacks the margin: there the maps are 0."""
+    border = data.margin(min_crop)
+    maps = cam(images, classes, (data.SIZE - 2 * border, data.SIZE - 2 * border))
+    return {name: F.pad(heat, [border] * 4) for name, heat in maps.items()}
 
 
 def progress(done, total, start, shown):
@@ -236,7 +243,8 @@ def title(*lines):
     return "\n".join("\n".join(textwrap.wrap(line, 20, max_lines=3, placeholder=" ...")) for line in lines)
 
 
-def draw_misclassified(network, dataset, indices, resolution, device, path, layers=None, target="predicted", count=10):
+def draw_misclassified(network, dataset, indices, resolution, min_crop, device, path, layers=None, target="predicted",
+                       count=10):
     """Draws some images of indices that the network gets wrong, with the maps of one class and the objects' boxes.
 
     The same ones for either target. Where all are right, draws right ones, and the heading says so.
@@ -245,7 +253,7 @@ def draw_misclassified(network, dataset, indices, resolution, device, path, laye
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
     wrong, seen = [], 0
     cam.network.eval()
-    for images, labels, *_ in data.Batches(dataset, order, 128, device, augment=False).epoch(0, resolution):
+    for images, labels, *_ in data.Batches(dataset, order, 128, device, False, min_crop).epoch(0, resolution):
         with torch.no_grad():
             missed = (cam.network(images).argmax(1) != labels).cpu()
         wrong += order[seen:seen + len(images)][missed].tolist()
@@ -254,8 +262,8 @@ def draw_misclassified(network, dataset, indices, resolution, device, path, laye
             break
     chosen = torch.tensor(wrong[:count]) if wrong else order[:count]
     images, labels = dataset.images[chosen], dataset.labels[chosen]
-    maps = cam(data.prepare(images.to(device), resolution), labels.to(device) if target == "actual" else None,
-               images.shape[2:])
+    maps = on_whole_images(cam, data.prepare(data.centre(images.to(device), min_crop), resolution),
+                           labels.to(device) if target == "actual" else None, min_crop)
     names = dataset.class_names
     titles = [title(f"predicted: {names[predicted]}", f"actual: {names[label]}")
               for predicted, label in zip(cam.logits.argmax(1).tolist(), labels.tolist())]
@@ -284,11 +292,11 @@ def read_picture(path):
         raise UsageError(f"{path}: not a picture that can be read: {' '.join(reason.split())}") from error
 
 
-def draw_pictures(network, files, class_names, resolution, device, path, layers=None):
+def draw_pictures(network, files, class_names, resolution, min_crop, device, path, layers=None):
     """Prints the five likeliest classes of each picture, and draws the maps of the likeliest."""
     images = torch.stack([read_picture(file) for file in files])
     cam = GradCAM(network, layers)
-    maps = cam(data.prepare(images.to(device), resolution), size=images.shape[2:])
+    maps = on_whole_images(cam, data.prepare(data.centre(images.to(device), min_crop), resolution), None, min_crop)
     titles = []
     for file, probabilities in zip(files, cam.logits.softmax(1)):
         best = probabilities.topk(min(5, len(class_names)))
@@ -336,11 +344,11 @@ def run(args):
     checkpoint = model.load_checkpoint(file, device)
     network = model.restore(checkpoint, file, device)
     config = checkpoint["config"]
-    resolution = config["resolutions"][-1]
+    resolution, min_crop = config["resolutions"][-1], config["min_crop"]
     layers = args.layers.split(",") if args.layers else None
     if args.pictures:
         out = args.out or args.run / "pictures.png"
-        draw_pictures(network, args.pictures, checkpoint["classes"], resolution, device, out, layers)
+        draw_pictures(network, args.pictures, checkpoint["classes"], resolution, min_crop, device, out, layers)
         print(f"wrote {out}")
         return
     data_dir = args.data_dir or config["data_dir"]
@@ -349,10 +357,10 @@ def run(args):
         raise UsageError(f"{file}: trained on other classes than {data_dir} holds: name the right one with --data-dir")
     indices = data.split(dataset, config["split"], config["seed"])[1]
     if args.evaluate:
-        print(evaluate(network, dataset, indices, resolution, device, layers, args.target))
+        print(evaluate(network, dataset, indices, resolution, min_crop, device, layers, args.target))
     else:
         out = args.out or args.run / ("gradcam.png" if args.target == "predicted" else "gradcam-actual.png")
-        draw_misclassified(network, dataset, indices, resolution, device, out, layers, args.target)
+        draw_misclassified(network, dataset, indices, resolution, min_crop, device, out, layers, args.target)
         print(f"wrote {out}")
 
 

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor, resize
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 import coco_analysis
 import data
@@ -521,6 +521,16 @@ class SplitsAndBatches(unittest.TestCase):
         self.assertEqual(sorted(sum(shares, [])), list(range(601)))
         self.assertEqual(self.seen(data.Batches(dataset, indices, 100, "cpu", False))[0], list(range(601)))
 
+    def test_validation_images_are_torchvisions_centre_crops_of_the_training_crops_mean_area(self):
+        images = numbered(7)._replace(images=torch.randint(256, (7, 3, 64, 64), dtype=torch.uint8))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
+        for min_crop, side in ((1.0, 64), (0.35, 52), (0.08, 48)):
+            (batch, *_), = data.Batches(images, torch.arange(7), 7, "cpu", False, min_crop).epoch(0, side)
+            self.assertLess((batch - (center_crop(images.images, [side, side]) / 255 - mean) / std).abs().max(), 1e-4)
+            crops = data.random_crops(10_000, min_crop, torch.Generator().manual_seed(0))
+            area = (crops[:, 0, 0] * crops[:, 1, 1]).abs().mean()
+            self.assertAlmostEqual((side / 64)**2, area.item(), delta=0.03)
+
     def test_an_epoch_depends_on_seed_and_number_alone(self):
         dataset = data.shapes(per_class=2)
         batches = [data.Batches(dataset, torch.arange(20), 20, "cpu", True, 0.3, 0.5, seed) for seed in (0, 0, 1)]
@@ -952,7 +962,7 @@ class GradCamMeasures(unittest.TestCase):
     def test_a_network_that_finds_the_bright_spot_is_given_full_marks(self):
         """Dark images with one bright square each, the box around it, and a network that adds up brightness."""
         torch.manual_seed(0)
-        count, images, corner = 40, torch.zeros(40, 3, 64, 64, dtype=torch.uint8), torch.randint(0, 48, (40, 2))
+        count, images, corner = 40, torch.zeros(40, 3, 64, 64, dtype=torch.uint8), torch.randint(6, 43, (40, 2))
         for image, (x, y) in zip(images, corner.tolist()):
             image[:, y:y + 16, x:x + 16] = 255
         labels = torch.arange(count) % 2  # the network says 0, always
@@ -960,17 +970,19 @@ class GradCamMeasures(unittest.TestCase):
         dataset = data.Dataset("dots", images, labels, boxes, labels == 0, names, names)
         network = pooled(torch.nn.Conv2d(3, 2, 1), torch.nn.ReLU())
         network[0].weight.data[:], network[0].bias.data[:] = torch.tensor([1.0, 0.5])[:, None, None, None], 0.0
-        with contextlib.redirect_stderr(io.StringIO()) as log:
-            text = gradcam.evaluate(network, dataset, torch.arange(count), 64, "cpu", ["1"], batch_size=7)
-        self.assertIn("40 validation images, 20 of them predicted correctly, 20 wrongly", text)
-        self.assertIn("40 of 40 images", log.getvalue())
-        self.assertLessEqual(len(log.getvalue().splitlines()), 10)
-        table = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
-        rows = {name: numbers for name, *numbers in table}
-        self.assertEqual(rows["1"], ["100.0"] * 6)
-        self.assertEqual(rows["chance: a flat map"], [f"{100 / 16:.1f}"] * 6)
-        middle = ((corner <= 31) & (corner + 16 > 32)).all(1).float()
-        self.assertAlmostEqual(float(rows["a point at the centre"][0]), 100 * middle.mean().item(), delta=2.6)
+        for min_crop, side in ((1.0, 64), (0.35, 52)):  # fed whole images, or what is left without a margin
+            with contextlib.redirect_stderr(io.StringIO()) as log:
+                text = gradcam.evaluate(network, dataset, torch.arange(count), side, min_crop, "cpu", ["1"],
+                                        batch_size=7)
+            self.assertIn("40 validation images, 20 of them predicted correctly, 20 wrongly", text)
+            self.assertIn("40 of 40 images", log.getvalue())
+            self.assertLessEqual(len(log.getvalue().splitlines()), 10)
+            table = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
+            rows = {name: numbers for name, *numbers in table}
+            self.assertEqual(rows["1"], ["100.0"] * 6)
+            self.assertEqual(rows["chance: a flat map"], [f"{100 / 16:.1f}"] * 6)
+            middle = ((corner <= 31) & (corner + 16 > 32)).all(1).float()
+            self.assertAlmostEqual(float(rows["a point at the centre"][0]), 100 * middle.mean().item(), delta=2.6)
 
 
 class GradCamCommand(unittest.TestCase):

@@ -622,7 +622,7 @@ def run(args, checkpoint):
     network, optimizer, scaler, history = start_or_resume(args, checkpoint, dataset.class_names, device, dtype)
     batches = data.Batches(dataset, train, args.batch_size, device, True, args.min_crop, args.cutmix, args.seed, rank,
                            world_size)
-    val_batches = data.Batches(dataset, val, 1000, device, False, rank=rank, world_size=world_size)
+    val_batches = data.Batches(dataset, val, 1000, device, False, args.min_crop, rank=rank, world_size=world_size)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}"
     say(f"{args.model} on {dataset.name}: {len(train):,} images to train on, {len(val):,} to validate, "
         f"on {device_name} in {dtype}" + (f", {world_size} processes" if world_size > 1 else ""))
@@ -688,7 +688,7 @@ def finish(folder, args, network, dataset, train, val, history, device, device_n
     resolution = args.resolutions[-1]
 
     def look(indices, mirror=False):
-        batches = data.Batches(dataset, indices, 1000, device, augment=False)
+        batches = data.Batches(dataset, indices, 1000, device, False, args.min_crop)
         return evaluate(network, batches, resolution, dtype, progress, mirror)
 
     _, _, predicted, confidence = look(val)
@@ -697,10 +697,10 @@ def finish(folder, args, network, dataset, train, val, history, device, device_n
     write_history(history, folder / "history.csv")
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
-    gradcam.draw_misclassified(network, dataset, val, resolution, device, folder / "gradcam.png")
+    gradcam.draw_misclassified(network, dataset, val, resolution, args.min_crop, device, folder / "gradcam.png")
     shuffled = val[torch.randperm(len(val), generator=torch.Generator().manual_seed(0))]
     some = val if device.type == "cuda" else shuffled[:1000]  # a CPU would take minutes for all
-    table = gradcam.evaluate(network, dataset, some, resolution, device)
+    table = gradcam.evaluate(network, dataset, some, resolution, args.min_crop, device)
     write_report(folder, args, network, dataset, val, predicted, history, plain, mirrored, device_name, dtype, table)
     print(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
 
