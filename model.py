@@ -10,11 +10,35 @@ import argparse
 import zipfile
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
+
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # most laptops'; a server's may be AVX512
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ResNet18 (He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385)
+
+
+class Conv3x3(nn.Conv2d):
+    """The blocks' convolution: 3x3 weights, padding 1, no bias, since the BatchNorm behind it would subtract any.
+
+    A convolution is one product of two matrices: all patches that the kernel visits, times the weights. On maps of 1x1
+    and 2x2 it is computed so where PyTorch's way is slow: on CPUs without AVX-512, its gradient of the weights reads
+    and writes all 2.4 million of them anew for each image. Measured with stem stride 4, on one core: training becomes
+    1.8 times as fast at 32 pixels, 1.3 times at 48, 1.15 times at 64.
+    """
+
+    def __init__(self, in_channels, out_channels, stride=1):
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+    def forward(self, x):
+        if not AVX2 or x.device.type != "cpu" or max(x.shape[2:]) > 2:
+            return super().forward(x)
+        height, width = ((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
+        patches = F.unfold(x, 3, padding=1, stride=self.stride)           # (N, 9 * in, height * width)
+        x = F.linear(patches.transpose(1, 2), self.weight.flatten(1))     # (N, height * width, out)
+        return x.transpose(1, 2).unflatten(2, (height, width))            # (N, out, height, width), channels_last
 
 
 class BasicBlock(nn.Module):
@@ -26,11 +50,10 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
-        # No biases: the BatchNorm behind each convolution subtracts the mean, and any bias with it.
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv3x3(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         nn.init.zeros_(self.bn2.weight)  # each block begins as the identity (Goyal et al. 2017, arXiv:1706.02677)
         self.downsample = None
@@ -228,7 +251,9 @@ class Layers(fx.Interpreter):
     """
 
     def __init__(self, network):
-        super().__init__(fx.symbolic_trace(network))
+        tracer = fx.Tracer()
+        tracer.is_leaf_module = lambda module, name: not list(module.children())  # what has no parts is one operation
+        super().__init__(fx.GraphModule(network, tracer.trace(network)))
         self.rows = []   # (name, output shape, parameters, receptive field or None for the whole image, multiply-adds)
         self.spans = {}  # node -> (first, last, jump), or None where the whole image is seen
 

@@ -314,55 +314,73 @@ def short(text, width=30):
     return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" ..."))
 
 
-def write_report(folder, args, network, dataset, val, predicted, history, plain, mirrored, device_name, dtype,
-                 gradcam_table):
+def write_report(path, args, hardware, parameters, dataset, val, history, predicted, plain, mirrored, maps):
     """report.md: what was done, how well it went, and where it goes wrong.
 
-    plain: accuracy on training images without augmentation; mirrored: on the validation images and their mirror images.
+    parameters: how many the network has; predicted (N,): what the images of val were taken for; plain: accuracy on
+    training images without augmentation; mirrored: on the validation images and their mirror images; maps: the table of
+    gradcam.evaluate.
     """
     last, best = history[-1], max(history, key=lambda row: row["val_accuracy"])
-    names, labels = dataset.class_names, dataset.labels[val]
+    time_taken = clock(sum(row["seconds"] for row in history))
+    stem = f", stem stride {args.stem_stride}" if args.model == "resnet18" else ""
     gap = plain - last["val_accuracy"]
     verdict = "The network overfits little: longer training or less augmentation may still gain."
     if gap > 0.1:
         verdict = "The network overfits: more augmentation or weight decay, or fewer epochs, should help."
+    report = f"""# {args.model} on {dataset.name}
+
+**{last["val_accuracy"]:.2%} validation accuracy** after {last["epoch"]} epochs ({time_taken} h). The best epoch,
+{best["epoch"]}, had {best["val_accuracy"]:.2%}; it was chosen on the validation images, so the final figure is the fair
+one. With the mean over each image and its mirror image: {mirrored:.2%}.
+
+On training images as they are the network is right in {plain:.2%} of cases, {100 * gap:+.1f} points; on augmented ones
+in {last["train_accuracy"]:.2%}. {verdict}
+
+| | |
+| --- | --- |
+| command | `{args.command}` |
+| split | {args.split}: {len(dataset.labels) - len(val):,} training images, {len(val):,} validation images |
+| network | {args.model}{stem}, {parameters:,} parameters, {len(dataset.class_names)} classes |
+| images | resolutions {args.resolutions}, crops from {args.min_crop:.0%} of the area, CutMix on {args.cutmix:.0%} |
+| training | batches of {args.batch_size}, OneCycle to {args.max_lr:g}, weight decay {args.weight_decay:g} |
+| | label smoothing {args.label_smoothing:g}, seed {args.seed}, on {hardware} |
+
+![Loss, accuracy and learning rate](curves.png)
+
+{tabulate_classes(dataset.class_names, dataset.labels[val], predicted)}
+
+## Misclassified validation images
+
+![Misclassified images](misclassified.png)
+
+## Grad-CAM: does the network look at the object?
+
+{maps}
+
+The whole validation set: `python gradcam.py {path.parent} --evaluate`.
+
+![What spoke for the wrong class](gradcam.png)
+"""
+    with data.replacing(path) as temporary:
+        temporary.write_text(report, encoding="utf-8")
+
+
+def tabulate_classes(names, labels, predicted):
+    """Markdown: the classes that are recognised best and worst, and those most often taken for one another."""
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
     confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)  # [actual, predicted]
     accuracy = confusion.diag() / confusion.sum(dim=1)
     order = accuracy.argsort(descending=True, stable=True).tolist()
-    shown = min(10, len(names) // 2)
-    pairs = (confusion - torch.diag(confusion.diag())).flatten().topk(min(10, len(names)))
-    lines = [
-        f"# {args.model} on {dataset.name}", "",
-        f"**{last['val_accuracy']:.2%} validation accuracy** after {last['epoch']} epochs "
-        f"({clock(sum(row['seconds'] for row in history))} h). The best epoch, {best['epoch']}, had "
-        f"{best['val_accuracy']:.2%}; it was chosen on the validation images, so the final figure is the fair one.", "",
-        f"With the mean over each image and its mirror image: {mirrored:.2%}.", "",
-        f"On training images as they are the network is right in {plain:.2%} of cases, {100 * gap:+.1f} points; on "
-        f"augmented ones in {last['train_accuracy']:.2%}. {verdict}", "",
-        "| | |", "| --- | --- |",
-        f"| command | `{args.command}` |",
-        f"| data | {dataset.name}, split {args.split}: {len(dataset.labels) - len(val):,} training and {len(val):,} "
-        f"validation images of {len(names)} classes |",
-        f"| network | {args.model}" + (f", stem stride {args.stem_stride}" if args.model == "resnet18" else "")
-        + f", {sum(p.numel() for p in network.parameters()):,} parameters |",
-        f"| training | resolutions {args.resolutions}, crops from {args.min_crop:.0%}, CutMix {args.cutmix:.0%}, batch "
-        f"{args.batch_size}, OneCycle to {args.max_lr:g}, weight decay {args.weight_decay:g}, label smoothing "
-        f"{args.label_smoothing:g}, seed {args.seed} |",
-        f"| computed on | {device_name}, {str(dtype).removeprefix('torch.')} |", "",
-        "![Loss, accuracy and learning rate](curves.png)", "",
-        "## Classes", "", "| best | accuracy | worst | accuracy |", "| --- | ---: | --- | ---: |",
-        *(f"| {names[b]} | {accuracy[b]:.1%} | {names[w]} | {accuracy[w]:.1%} |"
-          for b, w in zip(order[:shown], order[::-1][:shown])), "",
-        "## Most frequent confusions", "", "| actual | predicted | images |", "| --- | --- | ---: |",
-        *(f"| {names[i // len(names)]} | {names[i % len(names)]} | {count} |"
-          for count, i in zip(pairs.values.tolist(), pairs.indices.tolist()) if count), "",
-        "## Misclassified validation images", "", "![Misclassified images](misclassified.png)", "",
-        "## Grad-CAM: does the network look at the object?", "", gradcam_table, "",
-        f"The whole validation set: `python gradcam.py {folder} --evaluate`.", "",
-        "![What spoke for the wrong class](gradcam.png)", ""]
-    with data.replacing(folder / "report.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+    lines = ["## Classes", "", "| best | accuracy | worst | accuracy |", "| --- | ---: | --- | ---: |"]
+    for best, worst in list(zip(order, reversed(order)))[:min(10, len(names) // 2)]:
+        lines.append(f"| {names[best]} | {accuracy[best]:.1%} | {names[worst]} | {accuracy[worst]:.1%} |")
+    lines += ["", "## Most frequent confusions", "", "| actual | predicted | images |", "| --- | --- | ---: |"]
+    counts, cells = confusion.fill_diagonal_(0).flatten().topk(min(10, len(names)))
+    for count, cell in zip(counts.tolist(), cells.tolist()):
+        if count:
+            lines.append(f"| {names[cell // len(names)]} | {names[cell % len(names)]} | {count} |")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,8 +570,13 @@ def start_processes(device_name):
     return rank, world_size, device
 
 
-def new_folder(args):
-    """Creates the run's folder; one that has something in it is never used again. Raises UsageError."""
+def open_folder(args):
+    """The run's folder: that of the run to be resumed, or a new one, since no run overwrites another."""
+    if args.resume:
+        folder = Path(args.resume)
+        for leftover in folder.glob(".*.[0-9]*"):  # what a killed process was writing; see data.replacing
+            leftover.unlink()
+        return folder
     default = Path("runs") / f"{args.dataset}-{args.model}"
     for number in itertools.count(1):
         folder = Path(args.out or (default if number == 1 else f"{default}-{number}"))
@@ -623,9 +646,10 @@ def run(args, checkpoint):
     batches = data.Batches(dataset, train, args.batch_size, device, True, args.min_crop, args.cutmix, args.seed, rank,
                            world_size)
     val_batches = data.Batches(dataset, val, 1000, device, False, args.min_crop, rank=rank, world_size=world_size)
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}"
-    say(f"{args.model} on {dataset.name}: {len(train):,} images to train on, {len(val):,} to validate, "
-        f"on {device_name} in {dtype}" + (f", {world_size} processes" if world_size > 1 else ""))
+    hardware = f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type} in {dtype}"
+    if world_size > 1:
+        hardware += f", {world_size} processes"
+    say(f"{args.model} on {dataset.name}: {len(train):,} images to train on, {len(val):,} to validate, on {hardware}")
     if args.benchmark:
         return benchmark(torch.compile(network) if args.compile else network, batches, optimizer, scaler, dtype, args)
     if args.find_lr:
@@ -637,21 +661,16 @@ def run(args, checkpoint):
         replica = torch.nn.parallel.DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
     if args.compile:
         replica = torch.compile(replica)
+    folder = open_folder(args) if rank == 0 else None  # only the first process writes
 
-    def state(epoch):
+    def keep(name):
         config = {key: value for key, value in vars(args).items() if key not in NOT_OF_THE_RUN}
-        return {"format": model.FORMAT, "config": config, "classes": dataset.class_names, "epoch": epoch,
-                "history": history, "model": network.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict()}
+        save(folder / name, {"format": model.FORMAT, "config": config, "classes": dataset.class_names,
+                             "epoch": len(history), "history": history, "model": network.state_dict(),
+                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
 
-    folder = None  # only the first process writes
-    if rank == 0 and args.resume:
-        folder = Path(args.resume)
-        for leftover in folder.glob(".*.[0-9]*"):  # what a killed process was writing; see data.replacing
-            leftover.unlink()
-    elif rank == 0:
-        folder = new_folder(args)
-        save(folder / "last.pt", state(0))  # from here on, whatever happens, the run can be resumed
+    if rank == 0 and not args.resume:
+        keep("last.pt")  # from here on, whatever happens, the run can be resumed
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
             start, resolution = time.monotonic(), resolution_at(epoch, args)
@@ -659,7 +678,7 @@ def run(args, checkpoint):
                 replica, batches, optimizer, scaler, dtype, args, epoch, progress)
             # At the resolution of the training images: at another one, the borders, which the convolutions pad with
             # zeros, lie elsewhere. Trained at 32 pixels, a network had 31 % at 32, 22 % at 36 and 24 % at 40 pixels.
-            val_loss, val_accuracy, _, _ = evaluate(replica, val_batches, resolution, dtype, progress)
+            val_loss, val_accuracy, *_ = evaluate(replica, val_batches, resolution, dtype, progress)
             seconds = round(time.monotonic() - start, 2)
             history.append(dict(zip(HISTORY, (epoch, resolution, lr, train_loss, train_accuracy, val_loss, val_accuracy,
                                               seconds))))
@@ -669,21 +688,21 @@ def run(args, checkpoint):
             if rank == 0:
                 # last.pt comes last: a run that is killed in between repeats the epoch, and writes the same again.
                 if val_accuracy > max((row["val_accuracy"] for row in history[:-1]), default=-1):
-                    save(folder / "best.pt", state(epoch))
+                    keep("best.pt")
                 write_history(history, folder / "history.csv")
                 if seconds > 30:  # drawing takes a second; finish() draws the curves of fast runs
                     draw_curves(history, folder / "curves.png")
-                save(folder / "last.pt", state(epoch))
+                keep("last.pt")
         if world_size > 1:
             dist.destroy_process_group()
         if rank == 0:
-            finish(folder, args, network, dataset, train, val, history, device, device_name, dtype, progress)
+            finish(folder, args, hardware, network, dataset, train, val, history, device, dtype, progress)
     except KeyboardInterrupt:
         say(f"\nstopped; to go on: python train.py --resume {folder}", file=sys.stderr)
         raise
 
 
-def finish(folder, args, network, dataset, train, val, history, device, device_name, dtype, progress):
+def finish(folder, args, hardware, network, dataset, train, val, history, device, dtype, progress):
     """The pictures and the report of a run whose last epoch is over."""
     resolution = args.resolutions[-1]
 
@@ -692,16 +711,18 @@ def finish(folder, args, network, dataset, train, val, history, device, device_n
         return evaluate(network, batches, resolution, dtype, progress, mirror)
 
     _, _, predicted, confidence = look(val)
-    mirrored = look(val, mirror=True)[1]
-    plain = look(train[::10])[1]  # without augmentation: what has been learned by heart
+    _, mirrored, *_ = look(val, mirror=True)
+    _, plain, *_ = look(train[::10])  # without augmentation: what has been learned by heart
     write_history(history, folder / "history.csv")
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
     gradcam.draw_misclassified(network, dataset, val, resolution, args.min_crop, device, folder / "gradcam.png")
     shuffled = val[torch.randperm(len(val), generator=torch.Generator().manual_seed(0))]
     some = val if device.type == "cuda" else shuffled[:1000]  # a CPU would take minutes for all
-    table = gradcam.evaluate(network, dataset, some, resolution, args.min_crop, device)
-    write_report(folder, args, network, dataset, val, predicted, history, plain, mirrored, device_name, dtype, table)
+    maps = gradcam.evaluate(network, dataset, some, resolution, args.min_crop, device)
+    parameters = sum(p.numel() for p in network.parameters())
+    write_report(folder / "report.md", args, hardware, parameters, dataset, val, history, predicted, plain, mirrored,
+                 maps)
     print(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
 
 
