@@ -160,18 +160,20 @@ def evaluate(network, dataset, indices, resolution, min_crop, device, layers=Non
     cam = GradCAM(network, layers)
     batches = data.Batches(dataset, indices, batch_size, device, False, min_crop)
     boxes = dataset.boxes[indices].to(device)
-    middle = torch.zeros(1, data.SIZE, data.SIZE, device=device)
-    middle[:, data.SIZE // 2 - 1:data.SIZE // 2 + 1, data.SIZE // 2 - 1:data.SIZE // 2 + 1] = 1  # there is no one pixel
-    scores, correct, start, shown = {}, [], time.perf_counter(), 0
+    border = data.margin(min_crop)
+    shown = data.SIZE - 2 * border
+    flat = F.pad(torch.ones(1, shown, shown, device=device), [border] * 4)  # over what the network is shown
+    middle = F.pad(torch.ones(1, 2, 2, device=device), [data.SIZE // 2 - 1] * 4)  # no single pixel is in the middle
+    scores, correct, start, tenths = {}, [], time.perf_counter(), 0
     for images, labels, *_ in batches.epoch(0, resolution):
         maps = on_whole_images(cam, images, labels if target == "actual" else None, min_crop)
-        maps["chance: a flat map"] = torch.ones_like(middle).expand(len(images), -1, -1)
+        maps["chance: a flat map"] = flat.expand(len(images), -1, -1)
         maps["a point at the centre"] = middle.expand(len(images), -1, -1)
         done = sum(map(len, correct))
         for name, heat in maps.items():
             scores.setdefault(name, []).append(measure(heat, boxes[done:done + len(images)]).cpu())
         correct.append((cam.logits.argmax(1) == labels).cpu())
-        shown = progress(done + len(images), len(indices), start, shown)
+        tenths = progress(done + len(images), len(indices), start, tenths)
     return table({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(correct), target)
 
 
@@ -182,13 +184,13 @@ def on_whole_images(cam, images, classes, min_crop):
     return {name: F.pad(heat, [border] * 4) for name, heat in maps.items()}
 
 
-def progress(done, total, start, shown):
-    """One line that moves on a terminal; in a file, a line for each tenth. Returns which tenth has been shown."""
+def progress(done, total, start, tenths):
+    """One line that moves on a terminal; in a file, a line for each tenth. Returns how many tenths are done."""
     rate = done / (time.perf_counter() - start)
     line = f"Grad-CAM of {done:,} of {total:,} images, {rate:,.0f} images/s, {(total - done) / rate:,.0f} s to go"
     if sys.stderr.isatty():
         print(f"\r{line:70}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-    elif 10 * done // total > shown:
+    elif 10 * done // total > tenths:
         print(line, file=sys.stderr)
     return 10 * done // total
 

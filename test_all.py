@@ -995,7 +995,7 @@ class GradCamMeasures(unittest.TestCase):
             table = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
             rows = {name: numbers for name, *numbers in table}
             self.assertEqual(rows["1"], ["100.0"] * 6)
-            self.assertEqual(rows["chance: a flat map"], [f"{100 / 16:.1f}"] * 6)
+            self.assertEqual(rows["chance: a flat map"], [f"{100 * (16 / side)**2:.1f}"] * 6)
             middle = ((corner <= 31) & (corner + 16 > 32)).all(1).float()
             self.assertAlmostEqual(float(rows["a point at the centre"][0]), 100 * middle.mean().item(), delta=2.6)
 
