@@ -44,8 +44,8 @@ class Conv3x3(nn.Conv2d):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut around them: (N, in, H, W) -> (N, out, H/stride, W/stride).
 
-    The block learns what to add to its input rather than what to put in its place, so that a deep stack of blocks
-    starts out as something close to the identity, through which gradients pass unhindered.
+    The block learns what to add to its input rather than what to put in its place, and through the sum gradients pass
+    unhindered, so that deep stacks of blocks learn as well.
     """
 
     def __init__(self, in_channels, out_channels, stride):
@@ -55,7 +55,6 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = Conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        nn.init.zeros_(self.bn2.weight)  # each block begins as the identity (Goyal et al. 2017, arXiv:1706.02677)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:  # the shortcut must have the shape of what it is added to
             self.downsample = nn.Sequential(
