@@ -27,7 +27,7 @@ import re
 import sys
 import tempfile
 import zlib
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
@@ -107,10 +107,7 @@ class Reader:
 
     def more(self):
         """Moves the window on: what is decoded leaves it, new text comes in. False at the end of the file."""
-        try:
-            new = self.stream.read(max(WINDOW, len(self.text) - self.at))   # doubles while one value does not fit in
-        except UnicodeError as error:
-            raise BadInput(f"before byte {self.raw.tell():,}: {error.reason}: save it as UTF-8 text") from None
+        new = self.stream.read(max(WINDOW, len(self.text) - self.at))       # doubles while one value does not fit in
         if new:
             self.before += len(self.text[:self.at].encode())
             self.text, self.at, self.fresh = self.text[self.at:] + new, 0, True
@@ -161,8 +158,7 @@ class Reader:
             found = json.loads("[" + POLYGONS.sub(r"\1]", self.text[self.at:end]) + "]")
         except (RecursionError, ValueError):
             return []
-        if found:
-            self.at = end + 1
+        self.at = end if found else self.at
         return found
 
     def elements(self, name):
@@ -170,14 +166,10 @@ class Reader:
         self.take("[")
         number, mark = 0, self.take("]") if self.peek() == "]" else ","
         while mark == ",":
-            if found := self.most_elements():
-                yield from found
-                number += len(found)
-                self.more()
-            else:
-                self.record = f" ({name}[{number}])"
-                yield self.value()
-                number, mark = number + 1, self.take(",]")
+            self.record = f" ({name}[{number}])"
+            found = self.most_elements() or [self.value()]
+            yield from found
+            number, mark = number + len(found), self.take(",]")
         self.record = ""
 
     def members(self):
@@ -236,7 +228,7 @@ class Table:
         for row, record in enumerate(records):
             if type(record) is not dict:
                 self.blame(row, f"{short(record)} is no object", "every record must be {...}")
-        for key in dict.fromkeys(chain.from_iterable(records)):
+        for key in {key: None for record in records for key in record}:
             if key not in self.fields and len(self.fields) == 100:  # then keys are data, and a hundred examples do
                 continue
             values = [record[key] for record in records if key in record]
@@ -288,14 +280,16 @@ class Data:
         self.columns = {"listed": [np.empty(0, int)], "size": [np.empty((0, 2))], "named": [np.empty(0, int)],
                         "bbox": [], "crowd": [], "image": [], "class": []}          # lists of arrays, one a batch
         with open(path, "rb") as raw:
-            reader = Reader(raw)
-            with reader.stream:
+            try:
+                reader = Reader(raw)
                 first = reader.peek()
                 self.is_coco, self.is_text = first == "{", first not in KINDS
                 self.kind = KINDS.get(first, "a text of one box per line")
                 for name, records in reader.tables():
                     while batch := list(islice(records, BATCH)):
                         self.take_in(self.tables[name], batch)
+            except UnicodeError as error:
+                raise BadInput(f"before byte {raw.tell():,}: {error.reason}: save it as UTF-8 text") from None
         if not self.boxes.count:
             raise BadInput("no annotations, or JSON of another kind: of COCO's files take the one called instances_...")
         self.join()
@@ -480,7 +474,7 @@ def draw_bars(axes, rows, title):
     bars = axes.barh(range(len(rows)), counts, color=BLUE, height=0.75)
     axes.bar_label(bars, [f" {count:,}" for count in counts], fontsize=7)
     axes.set_yticks(range(len(rows)), [label(row[1]) for row in rows], fontsize=8)
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(0, max(counts + [1]) * 1.15), title=title, xlabel="annotations")
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(0, max(counts) * 1.15), title=title, xlabel="annotations")
     axes.locator_params(axis="x", nbins=4, integer=True)
 
 
@@ -748,7 +742,7 @@ def main():
     try:
         with plt.rc_context(LOOKS):
             run(args, Path(args.out or f"analysis/{stem}"))
-    except (BadInput, OSError, EOFError, UnicodeError, zlib.error) as error:
+    except (BadInput, OSError, EOFError, zlib.error) as error:
         cure = "" if isinstance(error, BadInput) else ": check the path, the permissions and the content"
         print(f"coco_analysis.py: {short(args.file, 300)}: {short(error, 1000)}{cure}", file=sys.stderr)
         sys.exit(2)
