@@ -27,6 +27,7 @@ import re
 import sys
 import tempfile
 import zlib
+from array import array
 from itertools import islice
 from pathlib import Path
 
@@ -99,7 +100,8 @@ class Reader:
         data = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
         self.stream = io.TextIOWrapper(data, "utf-8-sig", newline="")
         self.text, self.at, self.fresh = "", 0, True        # the window; what of it is decoded; is it a new one?
-        self.before, self.record = 0, ""                    # for messages: the bytes left behind, and the record
+        self.before, self.record = 0, ""                    # for messages: the bytes left behind, and the record,
+        self.numbers = array("q")                           # and of a text file the line of each record
 
     def fail(self, what, cure="no valid JSON, or cut off: mend it there, or fetch it again", at=None):
         byte = self.before + len(self.text[:at or self.at].encode())
@@ -195,6 +197,7 @@ class Reader:
             fields = re.sub(r"\b(\w+)\s*:", r'"\1":', line.strip(" \t\r\n,"))
             try:
                 if fields:
+                    self.numbers.append(number)
                     yield json.loads("{" + fields + "}")
             except (RecursionError, ValueError):
                 raise BadInput(f"line {number}: neither JSON nor `id: 0, height: 330, width: 1093, bbox:[69, 464, 312, "
@@ -219,9 +222,13 @@ class Table:
 
     def __init__(self, name):
         self.name, self.count, self.fields = name, 0, {}    # count: of the records before the present batch
+        self.lines = []                                     # of a text file: where each record stands
+
+    def where(self, row):
+        return f"line {self.lines[row]}" if self.lines else f"{self.name}[{row}]"
 
     def blame(self, row, what, cure):
-        raise BadInput(f"{self.name}[{self.count + row}]: {what}: {cure}")
+        raise BadInput(f"{self.where(self.count + row)}: {what}: {cure}")
 
     def describe(self, records):
         """Adds the fields of a batch of records to the schema."""
@@ -285,6 +292,7 @@ class Data:
                 first = reader.peek()
                 self.is_coco, self.is_text = first == "{", first not in KINDS
                 self.kind = KINDS.get(first, "a text of one box per line")
+                self.boxes.lines = reader.numbers
                 for name, records in reader.tables():
                     while batch := list(islice(records, BATCH)):
                         self.take_in(self.tables[name], batch)
@@ -298,20 +306,18 @@ class Data:
         """Takes a batch of records of one table into the columns."""
         keep = lambda column, values: self.columns[column].append(values)
         table.describe(records)
-        if self.is_text:                                    # every line is an image of its own, and says its size
-            for row, record in enumerate(records, table.count):
-                record["image_id"] = row
-        if table.name == "images" or self.is_text:
+        rows = np.arange(table.count, table.count + len(records))
+        if table.name == "images" or self.is_text:          # each line of a text is an image too, and has its size
             sides = [table.numbers(records, key, default=np.nan) for key in ("width", "height")]
             keep("size", np.stack(sides, axis=1))
-            keep("listed", table.codes(records, "image_id" if self.is_text else "id", self.images))
+            keep("listed", rows if self.is_text else table.codes(records, "id", self.images))
         if table.name == "categories":
             keep("named", table.codes(records, "id", self.classes))
             self.names |= {record["id"]: str(record["name"]) for record in records if "name" in record}
         if table is self.boxes:
             keep("bbox", table.numbers(records, "bbox", (4,)))
             keep("crowd", table.numbers(records, "iscrowd", default=0) != 0)
-            keep("image", table.codes(records, "image_id", self.images))
+            keep("image", rows if self.is_text else table.codes(records, "image_id", self.images))
             keep("class", table.codes(records, "id" if self.is_text else "category_id", self.classes))
         table.count += len(records)
 
@@ -319,6 +325,7 @@ class Data:
         """Joins the batches, and the tables, once all of them are known."""
         joined = lambda name: np.concatenate(self.columns.pop(name))        # popped: so the batches' memory is let go
         self.bbox, self.crowd, self.image_row, self.class_row = map(joined, ("bbox", "crowd", "image", "class"))
+        self.images = range(self.boxes.count) if self.is_text else self.images
         listed = joined("listed")
         self.listed = np.bincount(listed, minlength=len(self.images)) > 0
         self.named = np.bincount(joined("named"), minlength=len(self.classes)) > 0
@@ -425,7 +432,7 @@ def check_quality(data, box, size):
         masks += [("annotations whose image does not exist", ~data.listed[data.image_row], False),
                   ("annotations whose class does not exist", ~data.named[data.class_row], False)]
     first = lambda name, mask: [short(name(row)) for row in np.flatnonzero(mask)[:3].tolist()]
-    table = [(what, int(mask.sum()), first("annotations[{}]".format, mask), out) for what, mask, out in masks]
+    table = [(what, int(mask.sum()), first(data.boxes.where, mask), out) for what, mask, out in masks]
     tables = [("images", data.image_row, list(data.images)), ("classes", data.class_row, data.class_names)]
     for what, rows, names in tables:
         idle = np.bincount(rows, minlength=len(names)) == 0
@@ -743,8 +750,11 @@ def main():
         with plt.rc_context(LOOKS):
             run(args, Path(args.out or f"analysis/{stem}"))
     except (BadInput, OSError, EOFError, zlib.error) as error:
+        file, what = args.file, error
+        if isinstance(error, OSError):                              # in Python's words "[Errno 2] ..."
+            file, what = error.filename2 or error.filename or file, error.strerror or error
         cure = "" if isinstance(error, BadInput) else ": check the path, the permissions and the content"
-        print(f"coco_analysis.py: {short(args.file, 300)}: {short(error, 1000)}{cure}", file=sys.stderr)
+        print(f"coco_analysis.py: {short(file, 300)}: {short(what, 1000)}{cure}", file=sys.stderr)
         sys.exit(2)
 
 

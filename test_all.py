@@ -1326,6 +1326,36 @@ class Analysis(InFolder):
         self.assertEqual(sorted(os.listdir()), ["file.json", "out"])
         self.assertEqual(Path("out").read_text(), "mine")
 
+    def test_faults_in_a_text_file_are_found_by_their_line(self):
+        """The line that an editor shows: counted from 1, blank lines too, also behind the first batch of records."""
+        good = "id: 0, height: 330, width: 1093, bbox:[69, 464, 312, 175],"
+        bad = {"id: 0, height: 330, width: 1093, bbox:[69, 464, 312],": "'bbox'",
+               'id: 0, height: "high", width: 1093, bbox:[69, 464, 312, 175],': "'height'",
+               "height: 330, width: 1093, bbox:[69, 464, 312, 175],": "no id",
+               "id 0, height: 330, width: 1093, bbox:[69, 464, 312, 175],": "neither JSON"}
+        self.enterContext(mock.patch.object(coco_analysis, "BATCH", 7))
+        for before in (0, 3, 20):
+            for line, message in bad.items():
+                text = "\n".join(["", "  ", *[good] * before, line, good])
+                result = self.analyse(self.write(text, "boxes.txt"))
+                self.assertRefused(result, f"boxes.txt: line {before + 3}: ", message)
+        self.without_pictures()
+        text = "\n\n".join([good, good, good.replace("312", "0")])
+        self.assertIn("1 boxes without area: line 5\n", self.analyse(self.write(text, "boxes.txt"))[1])
+
+    def test_errors_of_the_system_name_the_file_and_no_number(self):
+        for path in (self.folder / "nothing.json", self.folder):
+            code, out, err = self.analyse(path)
+            self.assertRefused((code, out, err), f"coco_analysis.py: {path}: ")
+            self.assertNotIn("Errno", err)
+            self.assertEqual(err.count(str(path)), 1)
+        self.without_pictures()
+        report = self.folder / "out/report.md"                      # a folder where the report belongs
+        report.mkdir(parents=True)
+        code, out, err = self.analyse(self.write(made_coco()))
+        self.assertRefused((code, out, err), report)
+        self.assertNotIn("Errno", err)
+
     def test_mutated_files_never_end_in_a_traceback(self):
         self.without_pictures()
         rng, good = random.Random(0), json.dumps(made_coco(images=4, boxes=12)).encode()
