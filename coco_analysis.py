@@ -40,9 +40,9 @@ from matplotlib.colors import PowerNorm
 
 from kmeans import kmeans
 
-WINDOW = 1 << 20                    # characters of the file held at a time
+WINDOW = 1 << 18                    # characters of the file held at a time: as Python objects they take ten times that
 LONGEST = 1 << 26                   # no record is longer: if one seems to be, a bracket or quote is never closed
-BATCH = 4096                        # records that are turned into columns at a time: NumPy's overhead is per call
+BATCH = 1024                        # records that are turned into columns at a time: NumPy's overhead is per call
 HUGE, TINY = 1e9, 1e-6              # a coordinate beyond the one is no pixel, a side below the other no side
 MARGIN = 0.01                       # readings of bbox whose fits differ by less than this cannot be told apart
 POOR = 0.9                          # fewer boxes inside than this, and the report warns
@@ -113,7 +113,7 @@ class Reader:
         if new:
             self.before += len(self.text[:self.at].encode())
             self.text, self.at, self.fresh = self.text[self.at:] + new, 0, True
-            if self.size > 50 * WINDOW and sys.stderr.isatty():
+            if self.size > 200 * WINDOW and sys.stderr.isatty():
                 print(f"  reading {self.raw.tell() / self.size:4.0%}", end="\r", file=sys.stderr)
         return bool(new)
 
@@ -476,6 +476,12 @@ def plain_ticks(axis, steps=(1, 2, 5)):
     axis.set_minor_locator(ticker.NullLocator())
 
 
+def save(figure, path):
+    """Writes a picture and lets go of it: five that wait for the end take more memory than the boxes of a small file."""
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def draw_bars(axes, rows, title):
     counts = [row[2] + row[3] for row in rows]
     bars = axes.barh(range(len(rows)), counts, color=BLUE, height=0.75)
@@ -506,7 +512,7 @@ def draw_classes(rows, path):
         filled = [row for row in rows if row[2] + row[3]]
         none = f" ({len(rows) - len(filled):,} have none)" if len(filled) < len(rows) else ""
         draw_bars(least, filled[-20:], "the 20 least frequent" + none)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_boxes(data, box, size, path):
@@ -543,7 +549,7 @@ def draw_boxes(data, box, size, path):
     area.set(title="small {:.0%}, medium {:.0%}, large {:.0%}".format(*shares), ylabel="boxes",
              xlabel="area in pixels (dashed: COCO's 32 x 32 and 96 x 96)", xscale="log")
     plain_ticks(area.xaxis, (1,))
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_sizes(wh, pixels, anchors, unit, path):
@@ -562,7 +568,7 @@ def draw_sizes(wh, pixels, anchors, unit, path):
              xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
     plain_ticks(axes.xaxis)
     plain_ticks(axes.yaxis)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_anchors(found, side, unit, path):
@@ -580,7 +586,7 @@ def draw_anchors(found, side, unit, path):
         axes.spines[:].set_visible(True)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2, fontsize=7, frameon=False)
     figure.suptitle(f"anchors in {unit}; the frame is {2 * half:.4g} x {2 * half:.4g}", fontsize=10)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_elbow(tried, asked, path):
@@ -593,7 +599,7 @@ def draw_elbow(tried, asked, path):
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
     axes.set(title="what one more anchor gains", xlabel="k, number of anchors", ylabel="mean IoU with the best anchor")
-    figure.savefig(path)
+    save(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -715,7 +721,6 @@ def run(args, out):
         write_report(folder / "report.md", name, summary, why, data, reading, shares, quality, classes, found, unit)
         write_classes(folder / "class_distribution.csv", classes)
         write_anchors(folder / "anchors.json", found, unit)
-        plt.close("all")
         out.mkdir(exist_ok=True)
         for file in list(folder.iterdir()):
             file.replace(out / file.name)
