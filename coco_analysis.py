@@ -26,6 +26,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 import zlib
 from array import array
 from itertools import islice
@@ -35,7 +36,7 @@ import matplotlib
 matplotlib.use("Agg")  # draw into files; there may be no screen
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import font_manager, ticker
+from matplotlib import ticker
 from matplotlib.colors import PowerNorm
 
 from kmeans import kmeans
@@ -72,8 +73,7 @@ COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}) 
 
 BLUE, RED = "#3b6ea8", "#d1495b"
 LOOKS = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "font.size": 9, "savefig.dpi": 110,
-         "savefig.bbox": "tight", "figure.constrained_layout.use": True}
-GLYPHS = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()  # what the pictures' font can draw
+         "savefig.bbox": "tight", "figure.constrained_layout.use": True, "text.parse_math": False}  # names may have a $
 
 
 class BadInput(Exception):
@@ -276,8 +276,9 @@ class Data:
     """What is kept of a file: N boxes, I images and C classes, numbered in the order in which the file names them.
 
     bbox (N, 4) float64, as in the file; crowd (N,) bool; image_row and class_row (N,) int64: the box's image and class;
-    images {id: row} and classes {id: row}; size (I, 2) float64: width and height, NaN where unknown; class_names [C];
-    listed (I,) and named (C,) bool: do the file's own tables have it?; assumed: the range of ids that got COCO's names.
+    images {id: row}, of a text file range(I), as its images have no ids; classes {id: row}; class_names [C];
+    size (I, 2) float64: width and height of the images, NaN where unknown; listed (I,) and named (C,) bool: do the
+    file's own tables have it?; assumed: the range of ids that got COCO's names.
     """
 
     def __init__(self, path):
@@ -421,22 +422,24 @@ def check_quality(data, box, size):
     area = finite & (box[:, 2:] > TINY).all(axis=1)
     sized = np.isfinite(size).all(axis=1)
     again = repeated(np.column_stack([data.image_row, data.class_row, data.bbox]))
-    masks = [("boxes with NaN, infinite or absurdly large numbers", ~finite, True),
-             ("boxes without area", finite & ~area, True),
-             ("boxes more than half a pixel outside their image", area & sized & ~inside(box, size), False),
-             ("boxes that repeat an earlier one (image, class and numbers)", again, True),
-             ("crowds, each one box around many objects", data.crowd, True)]
+    table = []
+
+    def count(what, mask, out, name=data.boxes.where):
+        table.append((what, int(mask.sum()), [short(name(row)) for row in np.flatnonzero(mask)[:3].tolist()], out))
+
+    count("boxes with NaN, infinite or absurdly large numbers", ~finite, True)
+    count("boxes without area", finite & ~area, True)
+    count("boxes more than half a pixel outside their image", area & sized & ~inside(box, size), False)
+    count("boxes that repeat an earlier one (image, class and numbers)", again, True)
+    count("crowds, each one box around many objects", data.crowd, True)
     if sized.any():
-        masks.append(("boxes in images of unknown size", ~sized, True))
+        count("boxes in images of unknown size", ~sized, True)
     if data.is_coco:
-        masks += [("annotations whose image does not exist", ~data.listed[data.image_row], False),
-                  ("annotations whose class does not exist", ~data.named[data.class_row], False)]
-    first = lambda name, mask: [short(name(row)) for row in np.flatnonzero(mask)[:3].tolist()]
-    table = [(what, int(mask.sum()), first(data.boxes.where, mask), out) for what, mask, out in masks]
-    tables = [("images", data.image_row, list(data.images)), ("classes", data.class_row, data.class_names)]
-    for what, rows, names in tables:
-        idle = np.bincount(rows, minlength=len(names)) == 0
-        table.append((f"{what} without annotations", int(idle.sum()), first(names.__getitem__, idle), False))
+        count("annotations whose image does not exist", ~data.listed[data.image_row], False)
+        count("annotations whose class does not exist", ~data.named[data.class_row], False)
+    for what, rows, names in (("images", data.image_row, list(data.images)),
+                              ("classes", data.class_row, data.class_names)):
+        count(f"{what} without annotations", np.bincount(rows, minlength=len(names)) == 0, False, names.__getitem__)
     return table, area & ~again & ~data.crowd & (sized | ~sized.any())
 
 
@@ -464,11 +467,6 @@ def find_anchors(wh, asked, seed):
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def label(name):
-    """A name as pictures can show it: "?" for what the font lacks, and no formula between two $."""
-    return "".join(c if ord(c) in GLYPHS else "?" for c in short(name, 24)).replace("$", r"\$")
-
-
 def plain_ticks(axis, steps=(1, 2, 5)):
     """Plain numbers along a logarithmic axis."""
     axis.set_major_locator(ticker.LogLocator(subs=steps, numticks=9))
@@ -477,7 +475,7 @@ def plain_ticks(axis, steps=(1, 2, 5)):
 
 
 def save(figure, path):
-    """Writes a picture and lets go of it: five that wait for the end take more memory than the boxes of a small file."""
+    """Writes a picture and lets go of it: five that wait for the end take more memory than a small file's boxes."""
     figure.savefig(path)
     plt.close(figure)
 
@@ -486,7 +484,7 @@ def draw_bars(axes, rows, title):
     counts = [row[2] + row[3] for row in rows]
     bars = axes.barh(range(len(rows)), counts, color=BLUE, height=0.75)
     axes.bar_label(bars, [f" {count:,}" for count in counts], fontsize=7)
-    axes.set_yticks(range(len(rows)), [label(row[1]) for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [short(row[1], 24) for row in rows], fontsize=8)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(0, max(counts) * 1.15), title=title, xlabel="annotations")
     axes.locator_params(axis="x", nbins=4, integer=True)
 
@@ -751,6 +749,7 @@ def main():
     if not 1 <= min(args.k) <= max(args.k) <= 100 or args.size < 1 or args.seed < 0:
         parser.error("--k must lie in 1..100, --size must be positive, --seed not negative")
     stem = re.sub(r"(\.json|\.txt)?(\.gz)?$", "", os.path.basename(args.file)) or "report"
+    warnings.filterwarnings("ignore", "Glyph .* missing")           # the font lacks it: the picture has an empty box
     try:
         with plt.rc_context(LOOKS):
             run(args, Path(args.out or f"analysis/{stem}"))
