@@ -95,9 +95,8 @@ def tiny_imagenet(data_dir):
     folder = find_or_download(data_dir)
     wnids, names, files = list_files(folder)
     # The cache is valid for exactly these files: their names, sizes and times of change.
-    stats = [(file.path, file.stat().st_size, file.stat().st_mtime_ns) for file, *_ in files]
-    fingerprint = hashlib.sha256(repr((wnids, names, [s[1:] for s in stats],
-                                       [row[1:] for row in files])).encode()).hexdigest()
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, *known) for file, *known in files]
+    fingerprint = hashlib.sha256(repr((wnids, names, state)).encode()).hexdigest()
     cache = data_dir / f"{FOLDER}.pt"
     try:
         # mmap: pages of the 1.4 GB are read when they are touched, and shared between processes.
@@ -242,6 +241,31 @@ def scan(folder):
         raise DataError(f"{folder}: {error.strerror}: extract the zip file again") from error
 
 
+class Progress:
+    """A line on stderr that moves while something takes long; where that is a file, a line a minute."""
+
+    def __init__(self, quiet=False):
+        self.quiet, self.moves = quiet, sys.stderr.isatty()
+        self.start = self.looked = self.shown = time.monotonic()
+
+    def seconds(self):
+        """Since the beginning."""
+        return time.monotonic() - self.start
+
+    def due(self):
+        """True once a second."""
+        if time.monotonic() - self.looked < 1:
+            return False
+        self.looked = time.monotonic()
+        return True
+
+    def show(self, text):
+        if not self.quiet and (self.moves or time.monotonic() - self.shown > 60):
+            # Back to the start of the line: whatever is printed next takes its place.
+            print(f"{text:79}", end="\r" if self.moves else "\n", file=sys.stderr, flush=True)
+            self.shown = time.monotonic()
+
+
 def decode(paths):
     """Decodes images into one array (N, 3, 64, 64) uint8, grey ones to RGB. Raises DataError naming a bad file."""
     def one(path):
@@ -254,13 +278,12 @@ def decode(paths):
             raise DataError(f"{path}: does not decode ({error}): extract the zip file again") from error
 
     images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
-    shown = time.monotonic()
+    progress = Progress()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock, so threads help
         for index, image in enumerate(pool.map(one, paths)):
             images[index] = image
-            if time.monotonic() - shown > 2:
-                shown = time.monotonic()
-                print(f"decoded {index:,} of {len(paths):,} images", file=sys.stderr)
+            if progress.due():
+                progress.show(f"decoded {index:,} of {len(paths):,} images")
     return images
 
 
@@ -349,7 +372,7 @@ def stripes(rng, pixel):
 
 
 def margin(min_crop):
-    """How many pixels of a validation image are left out on each side, for the training crops of random_crops.
+    """How many pixels are cut off each side of a validation image; min_crop is that of the training's random_crops.
 
     A network that was trained on crops knows objects as the crops show them: larger. The middle of the image, as large
     as the average crop, shows them so too (Touvron et al. 2019, "Fixing the train-test resolution discrepancy",
@@ -358,10 +381,10 @@ def margin(min_crop):
     return round(SIZE * (1 - math.sqrt((1 + min_crop) / 2)) / 2)
 
 
-def centre(images, min_crop):
-    """Images (N, 3, 64, 64) without their margin."""
+def for_validation(images, resolution, min_crop):
+    """Images (N, 3, 64, 64) uint8 without their margin -> (N, 3, resolution, resolution) float32, normalised."""
     border = margin(min_crop)
-    return images[..., border:SIZE - border, border:SIZE - border]
+    return prepare(images[..., border:SIZE - border, border:SIZE - border], resolution)
 
 
 def prepare(images, resolution, theta=None):
@@ -378,7 +401,7 @@ def prepare(images, resolution, theta=None):
     edge = 1 - 1 / images.shape[-1]  # the centres of the outermost pixels: nothing is taken from beyond them
     images = F.grid_sample(images.float(), grid.clamp(-edge, edge), align_corners=False)
     mean, std = mean_and_std(images.device)
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    return (images - mean) / std
 
 
 @functools.cache  # to copy even three numbers to a GPU at every step would make the host wait for it
@@ -435,7 +458,7 @@ class Batches:
             if self.augment:
                 yield cut_mix(prepare(images, resolution, theta[part]), labels, patch[part])
             else:
-                images = prepare(centre(images, self.min_crop), resolution)
+                images = for_validation(images, resolution, self.min_crop)
                 yield images, labels, labels, torch.ones_like(labels, dtype=torch.float32)
 
 
@@ -450,8 +473,8 @@ def random_crops(count, min_area, generator):
     # Width to height: 3/4 ... 4/3, and less where one of them would exceed the image's.
     ratio = ((4 / 3) ** (2 * uniform[1] - 1)).clamp(area, 1 / area)
     scale = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1)  # (N, 2): width, height
-    centre = (2 * uniform[2:4].T - 1) * (1 - scale)
-    theta = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)
+    middle = (2 * uniform[2:4].T - 1) * (1 - scale)
+    theta = torch.cat([torch.diag_embed(scale), middle[:, :, None]], dim=2)
     theta[:, 0, 0] *= (uniform[4] < 0.5) * 2 - 1  # -1 is the mirror image
     return theta
 

@@ -18,7 +18,6 @@ early ones are sharp but know edges and colours only.
 import argparse
 import sys
 import textwrap
-import time
 import warnings
 from pathlib import Path
 
@@ -159,40 +158,25 @@ def evaluate(network, dataset, indices, resolution, min_crop, device, layers=Non
     """
     cam = GradCAM(network, layers)
     batches = data.Batches(dataset, indices, batch_size, device, False, min_crop)
-    boxes = dataset.boxes[indices].to(device)
     border = data.margin(min_crop)
-    shown = data.SIZE - 2 * border
-    flat = F.pad(torch.ones(1, shown, shown, device=device), [border] * 4)  # over what the network is shown
-    middle = F.pad(torch.ones(1, 2, 2, device=device), [data.SIZE // 2 - 1] * 4)  # no single pixel is in the middle
-    scores, correct, start, tenths = {}, [], time.perf_counter(), 0
+    side = data.SIZE - 2 * border
+    boxes = (dataset.boxes[indices] - border).to(device)  # as seen from what the network is shown
+    flat = torch.ones(1, side, side, device=device)
+    middle = F.pad(flat[:, :2, :2], [side // 2 - 1] * 4)  # no single pixel is in the middle
+    scores, correct, progress = {}, [], data.Progress()
     for images, labels, *_ in batches.epoch(0, resolution):
-        maps = on_whole_images(cam, images, labels if target == "actual" else None, min_crop)
+        maps = cam(images, labels if target == "actual" else None, (side, side))
         maps["chance: a flat map"] = flat.expand(len(images), -1, -1)
         maps["a point at the centre"] = middle.expand(len(images), -1, -1)
         done = sum(map(len, correct))
         for name, heat in maps.items():
             scores.setdefault(name, []).append(measure(heat, boxes[done:done + len(images)]).cpu())
         correct.append((cam.logits.argmax(1) == labels).cpu())
-        tenths = progress(done + len(images), len(indices), start, tenths)
+        if progress.due():
+            rate = (done + len(images)) / progress.seconds()
+            progress.show(f"Grad-CAM of {done + len(images):,} of {len(indices):,} images, {rate:,.0f} images/s, "
+                          f"{(len(indices) - done) / rate:,.0f} s to go")
     return table({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(correct), target)
-
-
-def on_whole_images(cam, images, classes, min_crop):
-    """Maps (N, 64, 64) of what the network was fed, which may be smaller and lacks the margin: there the maps are 0."""
-    border = data.margin(min_crop)
-    maps = cam(images, classes, (data.SIZE - 2 * border, data.SIZE - 2 * border))
-    return {name: F.pad(heat, [border] * 4) for name, heat in maps.items()}
-
-
-def progress(done, total, start, tenths):
-    """One line that moves on a terminal; in a file, a line for each tenth. Returns how many tenths are done."""
-    rate = done / (time.perf_counter() - start)
-    line = f"Grad-CAM of {done:,} of {total:,} images, {rate:,.0f} images/s, {(total - done) / rate:,.0f} s to go"
-    if sys.stderr.isatty():
-        print(f"\r{line:70}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-    elif 10 * done // total > tenths:
-        print(line, file=sys.stderr)
-    return 10 * done // total
 
 
 def table(scores, correct, target):
@@ -240,9 +224,16 @@ def draw(images, maps, titles, heading, path, boxes=None):
         data.save_figure(figure, path)
 
 
-def title(*lines):
-    """Lines of text, each wrapped to the width of a column, and cut after three."""
-    return "\n".join("\n".join(textwrap.wrap(line, 20, max_lines=3, placeholder=" ...")) for line in lines)
+def maps_of(cam, images, classes, resolution, min_crop):
+    """Maps (N, 64, 64) of images (N, 3, 64, 64) uint8: 0 in the margin, which the network is not shown."""
+    border = data.margin(min_crop)
+    maps = cam(data.for_validation(images, resolution, min_crop), classes, [data.SIZE - 2 * border] * 2)
+    return {name: F.pad(heat, [border] * 4) for name, heat in maps.items()}
+
+
+def title(*lines, width=20, rows=3):
+    """Lines of text, each wrapped to so many letters and rows."""
+    return "\n".join("\n".join(textwrap.wrap(line, width, max_lines=rows, placeholder=" ...")) for line in lines)
 
 
 def draw_misclassified(network, dataset, indices, resolution, min_crop, device, path, layers=None, target="predicted",
@@ -264,8 +255,7 @@ def draw_misclassified(network, dataset, indices, resolution, min_crop, device, 
             break
     chosen = torch.tensor(wrong[:count]) if wrong else order[:count]
     images, labels = dataset.images[chosen], dataset.labels[chosen]
-    maps = on_whole_images(cam, data.prepare(data.centre(images.to(device), min_crop), resolution),
-                           labels.to(device) if target == "actual" else None, min_crop)
+    maps = maps_of(cam, images.to(device), labels.to(device) if target == "actual" else None, resolution, min_crop)
     names = dataset.class_names
     titles = [title(f"predicted: {names[predicted]}", f"actual: {names[label]}")
               for predicted, label in zip(cam.logits.argmax(1).tolist(), labels.tolist())]
@@ -298,7 +288,7 @@ def draw_pictures(network, files, class_names, resolution, min_crop, device, pat
     """Prints the five likeliest classes of each picture, and draws the maps of the likeliest."""
     images = torch.stack([read_picture(file) for file in files])
     cam = GradCAM(network, layers)
-    maps = on_whole_images(cam, data.prepare(data.centre(images.to(device), min_crop), resolution), None, min_crop)
+    maps = maps_of(cam, images.to(device), None, resolution, min_crop)
     titles = []
     for file, probabilities in zip(files, cam.logits.softmax(1)):
         best = probabilities.topk(min(5, len(class_names)))
@@ -315,7 +305,8 @@ def draw_pictures(network, files, class_names, resolution, min_crop, device, pat
 
 def main():
     parser = argparse.ArgumentParser(description="Shows which part of an image spoke for a class.")
-    parser.add_argument("run", type=Path, help="folder of a run of train.py; its last.pt is taken")
+    parser.add_argument("run", type=Path, help="folder of a run of train.py, whose last.pt is taken, or a checkpoint: "
+                        "its best.pt, say")
     parser.add_argument("pictures", nargs="*", help="your own pictures, at most 20, instead of validation images")
     parser.add_argument("--evaluate", action="store_true", help="measure the maps against the boxes, over the whole "
                         "validation set")
@@ -342,14 +333,14 @@ def main():
 
 def run(args):
     device = model.choose_device(args.device)
-    file = args.run / "last.pt"
-    checkpoint = model.load_checkpoint(file, device)
+    file = args.run if args.run.suffix == ".pt" else args.run / "last.pt"
+    checkpoint = model.load_checkpoint(file)
     network = model.restore(checkpoint, file, device)
     config = checkpoint["config"]
     resolution, min_crop = config["resolutions"][-1], config["min_crop"]
     layers = args.layers.split(",") if args.layers else None
     if args.pictures:
-        out = args.out or args.run / "pictures.png"
+        out = args.out or file.parent / "pictures.png"
         draw_pictures(network, args.pictures, checkpoint["classes"], resolution, min_crop, device, out, layers)
         print(f"wrote {out}")
         return
@@ -361,7 +352,7 @@ def run(args):
     if args.evaluate:
         print(evaluate(network, dataset, indices, resolution, min_crop, device, layers, args.target))
     else:
-        out = args.out or args.run / ("gradcam.png" if args.target == "predicted" else "gradcam-actual.png")
+        out = args.out or file.parent / ("gradcam.png" if args.target == "predicted" else "gradcam-actual.png")
         draw_misclassified(network, dataset, indices, resolution, min_crop, device, out, layers, args.target)
         print(f"wrote {out}")
 

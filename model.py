@@ -20,27 +20,6 @@ AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # most laptops'; a ser
 # ResNet18 (He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385)
 
 
-class Conv3x3(nn.Conv2d):
-    """The blocks' convolution: 3x3 weights, padding 1, no bias, since the BatchNorm behind it would subtract any.
-
-    A convolution is one product of two matrices: all patches that the kernel visits, times the weights. On maps of 1x1
-    and 2x2 it is computed so where PyTorch's way is slow: on CPUs without AVX-512, its gradient of the weights reads
-    and writes all 2.4 million of them anew for each image. Measured with stem stride 4, on one core: training becomes
-    1.8 times as fast at 32 pixels, 1.3 times at 48, 1.15 times at 64.
-    """
-
-    def __init__(self, in_channels, out_channels, stride=1):
-        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-
-    def forward(self, x):
-        if not AVX2 or x.device.type != "cpu" or max(x.shape[2:]) > 2:
-            return super().forward(x)
-        height, width = ((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
-        patches = F.unfold(x, 3, padding=1, stride=self.stride)           # (N, 9 * in, height * width)
-        x = F.linear(patches.transpose(1, 2), self.weight.flatten(1))     # (N, height * width, out)
-        return x.transpose(1, 2).unflatten(2, (height, width))            # (N, out, height, width), channels_last
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut around them: (N, in, H, W) -> (N, out, H/stride, W/stride).
 
@@ -99,6 +78,34 @@ class ResNet18(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))     # (N, 64, H/stem_stride, W/stem_stride)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 512, H/8/stem_stride, W/8/stem_stride)
         return self.fc(self.avgpool(x).flatten(1))               # (N, num_classes)
+
+
+@fx.wrap  # torch.fx does not look inside: which way is taken depends on the device and the size
+def conv3x3(x, weight, stride):
+    """A convolution with 3x3 weights and padding 1: F.conv2d, or where that is slow, one product of two matrices.
+
+    A convolution *is* such a product: all patches that the kernel visits, times the weights. On maps of 1x1 and 2x2,
+    CPUs with AVX2 but no AVX-512 compute the gradient of the weights image by image: for each they walk through all 2.4
+    million numbers, though the image has but one to four positions. As one product over the whole batch they are walked
+    through once. Measured with stem stride 4, on one core: training becomes 1.8 times as fast at 32 pixels, 1.3 times
+    at 48, 1.15 times at 64.
+    """
+    if not AVX2 or x.device.type != "cpu" or max(x.shape[2:]) > 2:
+        return F.conv2d(x, weight, stride=stride, padding=1)
+    height, width = ((side - 1) // stride + 1 for side in x.shape[2:])
+    patches = F.unfold(x, 3, padding=1, stride=stride)           # (N, 9 * in, height * width)
+    x = F.linear(patches.transpose(1, 2), weight.flatten(1))     # (N, height * width, out)
+    return x.transpose(1, 2).unflatten(2, (height, width))       # (N, out, height, width), channels_last
+
+
+class Conv3x3(nn.Conv2d):
+    """The blocks' convolution; it has no bias, since the BatchNorm behind it would subtract any."""
+
+    def __init__(self, in_channels, out_channels, stride=1):
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+    def forward(self, x):
+        return conv3x3(x, self.weight, self.stride[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +202,7 @@ def choose_device(name="auto", index=0):
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}: try --device cpu") from error
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """Reads what train.py wrote: a dict whose "config" says which network it is and whose "model" holds its weights.
 
     torch.load is told to accept weights and plain values only: a pickle from a stranger can run code (weights_only).
@@ -205,7 +212,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # zipfile and torch.load have a dozen kinds of errors for a damaged file
@@ -223,6 +230,15 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint
 
 
+def place(network, device):
+    """The network on the device, with the channels last in memory, as tensor cores and oneDNN like them.
+
+    Not so on MPS, where several releases of PyTorch then computed wrong gradients (pytorch/pytorch issue 175189).
+    """
+    mps = torch.device(device).type == "mps"
+    return network.to(device, memory_format=torch.contiguous_format if mps else torch.channels_last)
+
+
 def restore(checkpoint, path, device="cpu"):
     """The network of a checkpoint, in eval mode; raises UsageError that names path if the weights do not fit it."""
     config = checkpoint["config"]
@@ -232,7 +248,7 @@ def restore(checkpoint, path, device="cpu"):
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UsageError(f"{path}: its weights do not fit {config['model']}: {reason}") from error
-    return network.to(device, memory_format=torch.channels_last).eval()
+    return place(network, device).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

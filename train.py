@@ -16,10 +16,10 @@ import datetime
 import itertools
 import math
 import os
+import shlex
 import signal
 import statistics
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -218,41 +218,12 @@ def time_left(args, epoch, done, seconds):
     return seconds / done * (sum(costs) / costs[0] - done)
 
 
-class Progress:
-    """The line that moves while an epoch runs; in a log file it becomes a line a minute."""
-
-    def __init__(self, quiet=False):
-        self.quiet, self.moves = quiet, sys.stdout.isatty()
-        self.looked = self.shown = time.monotonic()
-
-    def due(self):
-        """True once a second."""
-        if time.monotonic() - self.looked < 1:
-            return False
-        self.looked = time.monotonic()
-        return True
-
-    def show(self, text):
-        if not self.quiet and (self.moves or time.monotonic() - self.shown > 60):
-            print(f"{text:99}", end="\r" if self.moves else "\n", flush=True)
-            self.shown = time.monotonic()
-
-
 def clock(seconds):
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves in its folder
-
-
-def save(path, state):
-    """Writes a checkpoint whole or not at all. Raises UsageError."""
-    try:
-        with data.replacing(path) as temporary:
-            torch.save(state, temporary)
-    except data.DataError as error:
-        raise UsageError(f"{error}; then --resume {path.parent}") from error
 
 
 def write_history(history, path):
@@ -267,24 +238,22 @@ def draw_curves(history, path):
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) < 15 else None
-    for axis, quantity in zip(axes, ("loss", "accuracy")):
-        for part in ("train", "val"):
-            label = {"train": "training (augmented)", "val": "validation"}[part]
-            axis.plot(epochs, [row[f"{part}_{quantity}"] for row in history], marker=marker, label=label)
-        axis.set(title=quantity.capitalize(), xlabel="epoch")
+    lines = {"Loss": {"train_loss": "training (augmented)", "val_loss": "validation"},
+             "Accuracy": {"train_accuracy": "training (augmented)", "val_accuracy": "validation"},
+             "Learning rate": {"lr": "at the end of the epoch"}}
+    for axis, (title, columns) in zip(axes, lines.items()):
+        for column, label in columns.items():
+            axis.plot(epochs, [row[column] for row in history], marker=marker, label=label)
+        for before, row in zip(history, history[1:]):
+            if row["resolution"] != before["resolution"]:
+                axis.axvline(row["epoch"] - 0.5, color="0.4", linestyle=":")
+        axis.set(title=title, xlabel="epoch")
         axis.legend()
-    axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1))
-    axes[2].plot(epochs, [row["lr"] for row in history], marker=marker, color="tab:green")
-    axes[2].set(title="Learning rate at the end of the epoch", xlabel="epoch")
-    resolutions = list(dict.fromkeys(row["resolution"] for row in history))
-    changes = [row["epoch"] - 0.5 for before, row in zip(history, history[1:])
-               if row["resolution"] != before["resolution"]]
-    for axis in axes:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-        for epoch in changes:
-            axis.axvline(epoch, color="0.4", linestyle=":")
-    if changes:
+    axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1))
+    resolutions = list(dict.fromkeys(row["resolution"] for row in history))
+    if len(resolutions) > 1:
         figure.suptitle(f"Dotted: the images grow ({', '.join(map(str, resolutions))} pixels)", fontsize=10)
     data.save_figure(figure, path)
 
@@ -300,18 +269,12 @@ def draw_misclassified(dataset, indices, predicted, confidence, path, count=25):
         axis.axis("off")
     for axis, i in zip(axes.flat, wrong.tolist()):
         axis.imshow(dataset.images[indices[i]].permute(1, 2, 0).numpy())
-        axis.set_title("\n".join(
-            [short(f"is {dataset.class_names[dataset.labels[indices[i]]]}"),
-             short(f"taken for {dataset.class_names[predicted[i]]} ({confidence[i]:.0%})")]), fontsize=8,
-            parse_math=False)
+        axis.set_title(gradcam.title(f"is {dataset.class_names[dataset.labels[indices[i]]]}",
+                                     f"taken for {dataset.class_names[predicted[i]]} ({confidence[i]:.0%})",
+                                     width=30, rows=2), fontsize=8, parse_math=False)
     if not len(wrong):
         figure.suptitle("Every validation image is classified correctly.")
     data.save_figure(figure, path)
-
-
-def short(text, width=30):
-    """At most two lines of width letters."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" ..."))
 
 
 def write_report(path, args, hardware, parameters, dataset, val, history, predicted, plain, mirrored, maps):
@@ -334,8 +297,8 @@ def write_report(path, args, hardware, parameters, dataset, val, history, predic
 {best["epoch"]}, had {best["val_accuracy"]:.2%}; it was chosen on the validation images, so the final figure is the fair
 one. With the mean over each image and its mirror image: {mirrored:.2%}.
 
-On training images as they are the network is right in {plain:.2%} of cases, {100 * gap:+.1f} points; on augmented ones
-in {last["train_accuracy"]:.2%}. {verdict}
+On training images without augmentation the network is right in {plain:.2%} of cases, {100 * gap:+.1f} points against
+the validation images; on augmented ones in {last["train_accuracy"]:.2%}. {verdict}
 
 | | |
 | --- | --- |
@@ -368,9 +331,9 @@ The whole validation set: `python gradcam.py {path.parent} --evaluate`.
 
 def tabulate_classes(names, labels, predicted):
     """Markdown: the classes that are recognised best and worst, and those most often taken for one another."""
-    confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
-    confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)  # [actual, predicted]
-    accuracy = confusion.diag() / confusion.sum(dim=1)
+    cells = torch.bincount(labels * len(names) + predicted, minlength=len(names)**2)
+    confusion = cells.view(len(names), len(names))  # [actual, predicted]
+    accuracy = confusion.diag() / confusion.sum(dim=1).clamp(min=1)
     order = accuracy.argsort(descending=True, stable=True).tolist()
     lines = ["## Classes", "", "| best | accuracy | worst | accuracy |", "| --- | ---: | --- | ---: |"]
     for best, worst in list(zip(order, reversed(order)))[:min(10, len(names) // 2)]:
@@ -385,6 +348,11 @@ def tabulate_classes(names, labels, predicted):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How much of the time is training, and how much is the rest
+
+
+def endless(batches, resolution):
+    """Batches of one epoch after the other."""
+    return itertools.chain.from_iterable(batches.epoch(epoch, resolution) for epoch in itertools.count(1))
 
 
 def benchmark(network, batches, optimizer, scaler, dtype, args):
@@ -413,12 +381,13 @@ def benchmark(network, batches, optimizer, scaler, dtype, args):
             real.append(synchronised(lambda: loop(batches.epoch(1, resolution), steps)))
         images, *targets = resident
         for _ in range(5):
-            results, source = [], batches.epoch(1, resolution)
+            results, source = [], endless(batches, resolution)
             synchronised(lambda: next(source))  # what is done once an epoch is not part of a step
+            loss = lambda: smoothed_nll_loss(forward(network, images, dtype), *targets, args.label_smoothing)
             optimizer.zero_grad()
             stages.append([
                 synchronised(lambda: next(source)),
-                synchronised(lambda: results.append(smoothed_nll_loss(forward(network, images, dtype), *targets, 0.1))),
+                synchronised(lambda: results.append(loss())),
                 synchronised(lambda: scaler.scale(results[0]).backward()),
                 synchronised(lambda: (scaler.step(optimizer), scaler.update()))])
         seconds = [statistics.median(column) for column in zip(*stages)]
@@ -437,9 +406,8 @@ def find_lr(network, batches, optimizer, scaler, dtype, args, path, steps=100):
     from which rate on the network learns, and from which on it breaks. Draws the loss into path, suggests a --max-lr.
     """
     network.train()
-    source = itertools.chain.from_iterable(batches.epoch(epoch, args.resolutions[0]) for epoch in itertools.count(1))
     rates, losses, lowest = [], [], math.inf
-    for step, batch in zip(range(steps), source):
+    for step, batch in zip(range(steps), endless(batches, args.resolutions[0])):
         rates.append(10 ** (-3 + 4 * step / (steps - 1)))  # 0.001 ... 10
         for group in optimizer.param_groups:
             group["lr"], group["momentum"] = rates[-1], 0.85  # the momentum that goes with the peak of one_cycle
@@ -486,8 +454,10 @@ def make_parser():
     add("--data-dir", default="data", help="where Tiny ImageNet is, or is downloaded to")
     add("--split", choices=("70-30", "official"), default="70-30",
         help="70-30 is the assignment's; official (100,000/10,000) is what papers report")
-    add("--classes", type=int, help="train on the first so many classes only: 20 take a CPU an hour or two")
-    add("--model", choices=model.MODELS, default="resnet18", help="resnet18, the faster of the two")
+    add("--classes", type=int, help="train on the first so many classes only: 20, with --stem-stride 4, take a CPU an "
+        "hour or two")
+    add("--model", choices=model.MODELS, default="resnet18", help="resnet18, the faster of the two with a stem "
+        "stride of 4 or 2")
     add("--stem-stride", type=int, choices=(4, 2, 1),
         help="of ResNet18: 2 keeps four times the positions of the original's 4, which was made for images of 224 "
              "pixels; 4 is three to four times as fast, the choice for a CPU; 1 is four times slower (shapes: 4)")
@@ -537,12 +507,11 @@ def parse_arguments(argv=None):
             if getattr(args, key) != value and key != "data_dir":
                 raise UsageError(f"--resume {args.resume}: the run has --{key.replace('_', '-')} {value}, and a part "
                                  "of a run cannot have another: leave the flag out, or start a new run")
-        args.command = checkpoint["config"]["command"]
     else:
         for key, value in RECIPES[args.dataset].items():
             if getattr(args, key) is None:
                 setattr(args, key, value)
-        args.command = " ".join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+        args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     limits = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "classes": (1, 10**6), "max_lr": (1e-12, 1e6),
               "weight_decay": (0, 1), "label_smoothing": (0, 0.999), "min_crop": (0.01, 1), "cutmix": (0, 1),
               "seed": (0, 2**31)}
@@ -561,12 +530,12 @@ def start_processes(device_name):
     device = model.choose_device(device_name, os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if world_size > 1 and device.type == "mps":
+        raise UsageError("torchrun: several processes cannot share MPS: add --device cpu")
     if world_size > 1:
-        hours = datetime.timedelta(hours=3)  # to wait for the first process, which may have to download
-        if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=hours, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=hours)
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=datetime.timedelta(hours=3))  # the first process may have to download
     return rank, world_size, device
 
 
@@ -600,6 +569,8 @@ def load_data(args, rank, world_size):
     if world_size > 1 and rank == 0:
         dist.barrier()
     train, val = data.split(dataset, args.split, args.seed)
+    if not len(val):
+        raise UsageError(f"--split {args.split}: leaves no image of {dataset.name} for validation")
     smallest = len(train) // math.ceil(len(train) / args.batch_size)  # of the batches that data.Batches makes
     if args.batch_size > len(train) or smallest < 2 * world_size:
         raise UsageError(f"--batch-size {args.batch_size}: must be at most {len(train)}, the number of training "
@@ -611,14 +582,13 @@ def start_or_resume(args, checkpoint, classes, device, dtype):
     """Network, optimizer, GradScaler and history (a list of rows), new or the checkpoint's. Raises UsageError."""
     torch.manual_seed(args.seed)
     source = Path(args.resume or ".") / "last.pt"
-    if checkpoint is None:
-        network = model.create(args.model, len(classes), args.stem_stride)
-        network = network.to(device, memory_format=torch.channels_last)
-    elif checkpoint["classes"] != classes:
+    if checkpoint and checkpoint["classes"] != classes:
         raise UsageError(f"{source}: trained on {len(checkpoint['classes'])} classes that are not the {len(classes)} "
                          f"of {args.dataset}: give the --data-dir it was trained on")
-    else:
+    if checkpoint:
         network = model.restore(checkpoint, source, device)
+    else:
+        network = model.place(model.create(args.model, len(classes), args.stem_stride), device)
     optimizer = make_optimizer(network, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint is None:
@@ -645,7 +615,8 @@ def run(args, checkpoint):
     network, optimizer, scaler, history = start_or_resume(args, checkpoint, dataset.class_names, device, dtype)
     batches = data.Batches(dataset, train, args.batch_size, device, True, args.min_crop, args.cutmix, args.seed, rank,
                            world_size)
-    val_batches = data.Batches(dataset, val, 1000, device, False, args.min_crop, rank=rank, world_size=world_size)
+    val_batches = data.Batches(dataset, val, args.batch_size, device, False, args.min_crop, rank=rank,
+                               world_size=world_size)
     hardware = f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type} in {dtype}"
     if world_size > 1:
         hardware += f", {world_size} processes"
@@ -655,19 +626,21 @@ def run(args, checkpoint):
     if args.find_lr:
         return find_lr(network, batches, optimizer, scaler, dtype, args, Path(args.out or "find-lr.png"))
 
-    progress = Progress(quiet=rank > 0)
+    progress = data.Progress(quiet=rank > 0)
     replica = network  # shares its weights with network, and its gradients with the other processes
     if world_size > 1:
         replica = torch.nn.parallel.DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
     if args.compile:
         replica = torch.compile(replica)
     folder = open_folder(args) if rank == 0 else None  # only the first process writes
+    say(f"what comes of it is in {folder}")
 
     def keep(name):
         config = {key: value for key, value in vars(args).items() if key not in NOT_OF_THE_RUN}
-        save(folder / name, {"format": model.FORMAT, "config": config, "classes": dataset.class_names,
-                             "epoch": len(history), "history": history, "model": network.state_dict(),
-                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+        with data.replacing(folder / name) as temporary:
+            torch.save({"format": model.FORMAT, "config": config, "classes": dataset.class_names, "epoch": len(history),
+                        "history": history, "model": network.state_dict(), "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict()}, temporary)
 
     if rank == 0 and not args.resume:
         keep("last.pt")  # from here on, whatever happens, the run can be resumed
@@ -707,13 +680,12 @@ def finish(folder, args, hardware, network, dataset, train, val, history, device
     resolution = args.resolutions[-1]
 
     def look(indices, mirror=False):
-        batches = data.Batches(dataset, indices, 1000, device, False, args.min_crop)
+        batches = data.Batches(dataset, indices, args.batch_size, device, False, args.min_crop)
         return evaluate(network, batches, resolution, dtype, progress, mirror)
 
     _, _, predicted, confidence = look(val)
     _, mirrored, *_ = look(val, mirror=True)
     _, plain, *_ = look(train[::10])  # without augmentation: what has been learned by heart
-    write_history(history, folder / "history.csv")
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
     gradcam.draw_misclassified(network, dataset, val, resolution, args.min_crop, device, folder / "gradcam.png")
@@ -740,7 +712,8 @@ def main():
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("train.py: the GPU's memory is full: try a smaller --batch-size, or --stem-stride 4", file=sys.stderr)
+        print("train.py: the GPU's memory is full: start anew with a smaller --batch-size, or --stem-stride 4",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         sys.exit(128 + error.args[0])
