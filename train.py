@@ -37,7 +37,7 @@ from model import UsageError
 # What differs between the data sets. Resolutions: the epochs are shared out evenly among them; small images first are
 # several times as fast, and are said to cost no accuracy in the end (Howard 2018, "Training Imagenet in 3 hours for
 # USD 25; and CIFAR10 for USD 0.26", fast.ai). Of the rest, measured in short runs (ten classes, 30 epochs of 32 pixels,
-# two seeds, each +-1; the table is in README.md): crops +5.6 points; CutMix -1.3, but it halves overfitting, which pays
+# two seeds, each +-1; the table is in README.md): crops +4.2 points; CutMix -1.3, but it halves overfitting, which pays
 # in long runs; label smoothing -1.5; half the peak learning rate +-0.
 RECIPES = {
     "tiny-imagenet": {"epochs": 50, "resolutions": [32, 48, 64], "stem_stride": 2, "batch_size": 256, "max_lr": 0.1,
@@ -462,7 +462,7 @@ def make_parser():
         "stride of 4 or 2")
     add("--stem-stride", type=int, choices=(4, 2, 1),
         help="of ResNet18: 2 keeps four times the positions of the original's 4, which was made for images of 224 "
-             "pixels; 4 is three to four times as fast, the choice for a CPU; 1 is four times slower (shapes: 4)")
+             "pixels; 4 is about three times as fast, the choice for a CPU; 1 is four times slower (shapes: 4)")
     add("--resolutions", type=int, nargs="+", metavar="PIXELS",
         help="image sides, sharing the epochs evenly: 32 48 64, because small images train several times as fast, and "
              "the last ones decide (shapes: 48 64)")
