@@ -91,7 +91,8 @@ class Networks(unittest.TestCase):
         images = torch.randn(4, 3, 64, 64)
         for training in (True, False):  # training changes the BatchNorm statistics that evaluation then uses
             ours.train(training), theirs.train(training)
-            self.assertLess((ours(images) - theirs(images)).abs().max(), 1e-5)
+            with mock.patch("model.AVX2", False):  # conv3x3's other way rounds otherwise: see the next test
+                self.assertEqual((ours(images) - theirs(images)).abs().max(), 0)
         ours.load_state_dict(torchvision.models.resnet18(num_classes=200).state_dict())
 
     def test_a_convolution_on_tiny_maps_is_torchs(self):

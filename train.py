@@ -37,8 +37,8 @@ from model import UsageError
 # What differs between the data sets. Resolutions: the epochs are shared out evenly among them; small images first are
 # several times as fast, and are said to cost no accuracy in the end (Howard 2018, "Training Imagenet in 3 hours for
 # USD 25; and CIFAR10 for USD 0.26", fast.ai). Of the rest, measured in short runs (ten classes, 30 epochs of 32 pixels,
-# two seeds, each +-1; the table is in README.md): crops +4.2 points; CutMix -1.3, but it halves overfitting, which pays
-# in long runs; label smoothing -1.5; half the peak learning rate +-0.
+# two seeds, each +-1; the table is in README.md): crops +4.2 points; CutMix -1.3, but it halves overfitting, which is
+# said to pay in long runs; label smoothing -1.5; half the peak learning rate +-0.
 RECIPES = {
     "tiny-imagenet": {"epochs": 50, "resolutions": [32, 48, 64], "stem_stride": 2, "batch_size": 256, "max_lr": 0.1,
                       "min_crop": 0.35, "cutmix": 0.5},
