@@ -82,20 +82,24 @@ class ResNet18(nn.Module):
 
 @fx.wrap  # torch.fx does not look inside: which way is taken depends on the device and the size
 def conv3x3(x, weight, stride):
-    """A convolution with 3x3 weights and padding 1: F.conv2d, or where that is slow, one product of two matrices.
+    """A convolution with 3x3 weights and padding 1: F.conv2d, or where that is slow, a matrix product per position.
 
-    A convolution *is* such a product: all patches that the kernel visits, times the weights. On maps of 1x1 and 2x2,
+    A convolution *is* that: at each position, the patch under the kernel times the weights. For maps of 1x1 and 2x2,
     CPUs with AVX2 but no AVX-512 compute the gradient of the weights image by image: for each they walk through all 2.4
-    million numbers, though the image has but one to four positions. As one product over the whole batch they are walked
-    through once. Measured with stem stride 4, on one core: training becomes 1.8 times as fast at 32 pixels, 1.3 times
-    at 48, 1.15 times at 64.
+    million numbers, though the image has but one to four positions. As products over the whole batch they are walked
+    through once a position, and of the weights only those that lie on the map, not on its padding: on 1x1 one of nine.
     """
-    if not AVX2 or x.device.type != "cpu" or max(x.shape[2:]) > 2:
+    height, width = x.shape[2:]
+    if not AVX2 or x.device.type != "cpu" or max(height, width) > 2 * stride:
         return F.conv2d(x, weight, stride=stride, padding=1)
-    height, width = ((side - 1) // stride + 1 for side in x.shape[2:])
-    patches = F.unfold(x, 3, padding=1, stride=stride)           # (N, 9 * in, height * width)
-    x = F.linear(patches.transpose(1, 2), weight.flatten(1))     # (N, height * width, out)
-    return x.transpose(1, 2).unflatten(2, (height, width))       # (N, out, height, width), channels_last
+    x, weight, outputs = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), []  # channels last, as they are in memory
+    for i in range(0, height, stride):
+        for j in range(0, width, stride):  # the kernel's centre is on (i, j)
+            patch = x[:, max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].flatten(1)                    # (N, taps * in)
+            taps = weight[:, max(1 - i, 0):height + 1 - i, max(1 - j, 0):width + 1 - j].flatten(1)  # (out, taps * in)
+            outputs.append(F.linear(patch, taps))                                                # (N, out)
+    outputs = torch.stack(outputs, dim=1).unflatten(1, (-(-height // stride), -(-width // stride)))
+    return outputs.permute(0, 3, 1, 2)                                                           # (N, out, H, W)
 
 
 class Conv3x3(nn.Conv2d):

@@ -96,7 +96,7 @@ class Networks(unittest.TestCase):
         ours.load_state_dict(torchvision.models.resnet18(num_classes=200).state_dict())
 
     def test_a_convolution_on_tiny_maps_is_torchs(self):
-        for height, width, stride in ((1, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1), (3, 2, 2)):
+        for height, width, stride in ((1, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1), (3, 2, 2), (4, 4, 2)):
             ours, torchs = model.Conv3x3(6, 5, stride), torch.nn.Conv2d(6, 5, 3, stride, padding=1, bias=False)
             torchs.load_state_dict(ours.state_dict())
             images = torch.randn(4, 6, height, width)
