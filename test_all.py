@@ -699,6 +699,7 @@ class Training(InFolder):
         means = [losses[max(0, i - 5):i + 6].mean() for i in range(len(rows))]
         suggested = float(re.search(r"lowest at ([0-9.e+-]+):", out)[1])
         self.assertAlmostEqual(means[np.abs(rates / suggested - 1).argmin()], min(means), delta=2e-3)
+        self.assertEqual("trust it no more" in out, min(means) > 0.97 * means[0])
         self.assertEqual((float(rows[0][0]), len({rate for rate, _ in rows})), (0.001, len(rows)))
         self.assertEqual(Path("lr.png").read_bytes()[:4], b"\x89PNG")
 
@@ -780,7 +781,8 @@ class Training(InFolder):
             save(state, path)
 
         with mock.patch.object(torch, "save", fill):
-            self.assertRefused(call(train, "--epochs", 2, "--out", "full", *FLAGS), "full/", "No space left")
+            self.assertRefused(call(train, "--epochs", 2, "--out", "full", *FLAGS), "full/", "No space left",
+                               "--resume full")
         self.assertEqual(model.load_checkpoint("full/last.pt")["epoch"], 1)
         self.assertEqual(call(train, "--resume", "full")[0], 0)
         self.assertEqual(len(history(Path("full"))), 2)

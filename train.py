@@ -676,6 +676,8 @@ def run(args, checkpoint):
     except KeyboardInterrupt:
         say(f"\nstopped; to go on: python train.py --resume {folder}", file=sys.stderr)
         raise
+    except data.DataError as error:  # the disk is full, say; what is in the folder is still whole
+        raise data.DataError(f"{error}; then python train.py --resume {folder}") from error
 
 
 def finish(folder, args, hardware, network, dataset, train, val, history, device, dtype, progress):
