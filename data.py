@@ -246,11 +246,7 @@ class Progress:
 
     def __init__(self, quiet=False):
         self.quiet, self.moves = quiet, sys.stderr.isatty()
-        self.start = self.looked = self.shown = time.monotonic()
-
-    def seconds(self):
-        """Since the beginning."""
-        return time.monotonic() - self.start
+        self.looked = self.shown = time.monotonic()
 
     def due(self):
         """True once a second."""

@@ -18,6 +18,7 @@ early ones are sharp but know edges and colours only.
 import argparse
 import sys
 import textwrap
+import time
 import warnings
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def evaluate(network, dataset, indices, resolution, min_crop, device, layers=Non
     boxes = (dataset.boxes[indices] - border).to(device)  # as seen from what the network is shown
     flat = torch.ones(1, side, side, device=device)
     middle = F.pad(flat[:, :2, :2], [side // 2 - 1] * 4)  # no single pixel is in the middle
-    scores, correct, progress = {}, [], data.Progress()
+    scores, correct, progress, start = {}, [], data.Progress(), time.monotonic()
     for images, labels, *_ in batches.epoch(0, resolution):
         maps = cam(images, labels if target == "actual" else None, (side, side))
         maps["chance: a flat map"] = flat.expand(len(images), -1, -1)
@@ -173,7 +174,7 @@ def evaluate(network, dataset, indices, resolution, min_crop, device, layers=Non
             scores.setdefault(name, []).append(measure(heat, boxes[done:done + len(images)]).cpu())
         correct.append((cam.logits.argmax(1) == labels).cpu())
         if progress.due():
-            rate = (done + len(images)) / progress.seconds()
+            rate = (done + len(images)) / (time.monotonic() - start)
             progress.show(f"Grad-CAM of {done + len(images):,} of {len(indices):,} images, {rate:,.0f} images/s, "
                           f"{(len(indices) - done) / rate:,.0f} s to go")
     return table({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(correct), target)
