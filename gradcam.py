@@ -8,7 +8,7 @@
 The first two write gradcam.png and gradcam-actual.png into the run's folder; the third prints the five likeliest
 classes of each picture and writes pictures.png. The last prints a line for each layer: how often the map's maximum is
 in the object's box, and how much of the map, beside what a map gets that has not looked at the image. For the 33,000
-images of Tiny ImageNet one core of a CPU needs a quarter of an hour.
+images of Tiny ImageNet one core of a CPU needs five minutes.
 
 Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) asks a layer's feature maps: had you been a little stronger, how much
 would the score of the class have grown? That gradient, averaged over positions, is the weight of a map; the weighted

@@ -729,7 +729,7 @@ class Training(InFolder):
         self.assertEqual(process.returncode, 0, printed)
         self.assertEqual(printed.count("epoch  2/2"), 1, printed)  # the first process alone speaks, and writes
         self.assertIn("2 processes", printed)
-        self.assertTrue(Path("two/report.md").exists())
+        self.assertIn("torchrun --nproc_per_node=2 train.py --epochs 2", Path("two/report.md").read_text())
         # What they found, each on its half of the validation images, is what one finds on all with the saved weights.
         checkpoint, dataset = model.load_checkpoint("two/last.pt"), data.load()
         batches = data.Batches(dataset, data.split(dataset)[1], 1000, "cpu", False, min_crop=0.35)

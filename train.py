@@ -8,7 +8,9 @@
     python train.py --benchmark                       # images/s of these flags on this machine, and where the time goes
 
 prints a line per epoch (loss and accuracy on the training and the validation images) and writes into the run's folder
-history.csv, last.pt, best.pt, curves.png, misclassified.png, gradcam.png and report.md.
+history.csv, last.pt, best.pt, curves.png, misclassified.png, gradcam.png and report.md. With --stem-stride 4 (two
+processes, two CPU cores, fp32) 50 epochs took 6 h 48 min and ended at 51.4 % of the validation images; the shapes take
+three minutes, and end at 98 %.
 """
 import argparse
 import csv
@@ -514,7 +516,9 @@ def parse_arguments(argv=None):
         for key, value in RECIPES[args.dataset].items():
             if getattr(args, key) is None:
                 setattr(args, key, value)
-        args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+        processes = os.environ.get("WORLD_SIZE")
+        launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes else ["python"]
+        args.command = shlex.join([*launcher, "train.py", *(sys.argv[1:] if argv is None else argv)])
     limits = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "classes": (1, 10**6), "max_lr": (1e-12, 1e6),
               "weight_decay": (0, 1), "label_smoothing": (0, 0.999), "min_crop": (0.01, 1), "cutmix": (0, 1),
               "seed": (0, 2**31)}
