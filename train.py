@@ -44,7 +44,7 @@ from model import UsageError
 RECIPES = {
     "tiny-imagenet": {"epochs": 50, "resolutions": [32, 48, 64], "stem_stride": 2, "batch_size": 256, "max_lr": 0.1,
                       "min_crop": 0.35, "cutmix": 0.5},
-    "shapes": {"epochs": 3, "resolutions": [48, 64], "stem_stride": 4, "batch_size": 64, "max_lr": 0.1,
+    "shapes": {"epochs": 3, "resolutions": [48, 64], "stem_stride": 4, "batch_size": 64, "max_lr": 0.05,
                "min_crop": 1.0, "cutmix": 0.0},
 }
 PCT_START = 0.2  # of the steps the learning rate rises; a long way down does more for the result than a long way up
@@ -472,7 +472,8 @@ def make_parser():
     add("--epochs", type=int, help="50, as the assignment asks (shapes: 3)")
     add("--batch-size", type=int, help="of all processes together: 256 keeps a GPU busy and is small enough for SGD to "
         "generalise (shapes: 64, as its epochs are short)")
-    add("--max-lr", type=float, help="peak of OneCycle: 0.1 for batches of 256, as --find-lr has it (shapes: 0.1)")
+    add("--max-lr", type=float, help="peak of OneCycle: 0.1 for batches of 256, as --find-lr has it (shapes: 0.05, as "
+        "their batches are smaller)")
     add("--weight-decay", type=float, default=5e-4, help="5e-4, the usual value for SGD on small images")
     add("--label-smoothing", type=float, default=0.1, help="0.1, as the paper that introduced it has it")
     add("--min-crop", type=float, help="smallest area of a training image's crop: 0.35 of the image's (shapes: 1, for "
