@@ -746,8 +746,8 @@ def main():
     parser.add_argument("--bbox-format", choices=READINGS, help="what the four numbers are; the default is to find out")
     parser.add_argument("--seed", type=int, default=0, help="of the search for anchors, which hardly depends on it")
     args = parser.parse_args()
-    if not 1 <= min(args.k) <= max(args.k) <= 100 or args.size < 1 or args.seed < 0:
-        parser.error("--k must lie in 1..100, --size must be positive, --seed not negative")
+    if not 1 <= min(args.k) <= max(args.k) <= 100 or not 1 <= args.size <= 100_000 or args.seed < 0:
+        parser.error("--k must lie in 1..100, --size in 1..100000, --seed must not be negative")
     stem = re.sub(r"(\.json|\.txt)?(\.gz)?$", "", os.path.basename(args.file)) or "report"
     warnings.filterwarnings("ignore", "Glyph .* missing")           # the font lacks it: the picture has an empty box
     try:

@@ -270,7 +270,7 @@ def decode(paths):
                 if image.size != (SIZE, SIZE):
                     raise DataError(f"{path}: {image.width}x{image.height} pixels instead of {SIZE}x{SIZE}")
                 return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-        except OSError as error:  # Pillow's errors for what is no image, or half of one, are OSErrors
+        except (OSError, Image.DecompressionBombError) as error:  # no image, half of one, or one of an absurd size
             raise DataError(f"{path}: does not decode ({error}): extract the zip file again") from error
 
     images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
@@ -521,11 +521,10 @@ def draw_samples(dataset, path, seed=0, per_class=5):
 
 def export_coco(dataset, path):
     """Writes the data set's bounding boxes as a COCO instances file, one object per image."""
-    width, height = (dataset.boxes[:, 2:] - dataset.boxes[:, :2]).T.tolist()
     images = [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(len(dataset.labels))]
-    annotations = [{"id": i, "image_id": i, "category_id": label, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
-                   for i, (label, (x, y, *_), w, h)
-                   in enumerate(zip(dataset.labels.tolist(), dataset.boxes.tolist(), width, height))]
+    annotations = [{"id": i, "image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
+                   for i, (label, (x0, y0, x1, y1)) in enumerate(zip(dataset.labels.tolist(), dataset.boxes.tolist()))]
     categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names)]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
@@ -540,8 +539,8 @@ def main():
     parser.add_argument("--out", default="samples.png", help="the picture's file")
     parser.add_argument("--export-coco", metavar="FILE", help="write the boxes as a COCO file instead of a picture")
     args = parser.parse_args()
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
+    if not 0 <= args.seed <= 2**31:
+        parser.error("--seed must be at least 0 and at most 2147483648")
     try:
         start = time.perf_counter()
         dataset = load(args.dataset, args.data_dir, args.seed)

@@ -149,7 +149,7 @@ def kmeans(boxes, k, seed=0):
     Returns anchors (k, 2), sorted by area, and the mean over the boxes of the IoU with their best anchor. Raises
     ValueError for rows that are not positive and finite, and where there are fewer different boxes than k.
     """
-    boxes = check(boxes, k)
+    boxes, k = check(boxes, k), int(k)
     rng = np.random.default_rng(seed)
     full = merge(boxes, np.full(len(boxes), 1 / len(boxes)), cell=2.0 ** -20)  # at first what is equal to six digits
     if len(full[0]) < k:

@@ -80,7 +80,6 @@ class ResNet18(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))               # (N, num_classes)
 
 
-@fx.wrap  # torch.fx does not look inside: which way is taken depends on the device and the size
 def conv3x3(x, weight, stride):
     """A convolution with 3x3 weights and padding 1: F.conv2d, or where that is slow, a matrix product per position.
 
@@ -203,7 +202,7 @@ def choose_device(name="auto", index=0):
         probe = torch.zeros(1, device=name)
         probe.cpu()  # fails on a device that holds no data, "meta"
         return probe.device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}: try --device cpu") from error
 
 

@@ -352,6 +352,7 @@ class TinyImageNet(InFolder):
     def test_what_is_wrong_with_the_folder_is_named(self):
         images = self.tree / "train" / "n02" / "images"
         jpeg = (images / "n02_0.JPEG").read_bytes()
+        size = jpeg.index(b"\xff\xc0") + 5  # where the header has it
         buffer = io.BytesIO()
         Image.new("RGB", (63, 64)).save(buffer, "JPEG")
         boxes = self.tree / "train" / "n03" / "n03_boxes.txt"
@@ -361,6 +362,7 @@ class TinyImageNet(InFolder):
             (images / "n02_0.JPEG", jpeg[:len(jpeg) // 2], "n02_0.JPEG"),
             (images / "n02_0.JPEG", b"", "n02_0.JPEG"),
             (images / "n02_0.JPEG", b"hello", "n02_0.JPEG"),
+            (images / "n02_0.JPEG", jpeg[:size] + b"\xff\xff\xff\xff" + jpeg[size + 4:], "n02_0.JPEG"),
             (images / "n02_0.JPEG", buffer.getvalue(), "63x64"),
             (images / "n02_0.JPEG", None, "crane, bird"),
             (boxes, None, "n03_boxes.txt"),
@@ -746,10 +748,11 @@ class Training(InFolder):
                 (("--epochs", 0), "--epochs 0"),
                 (("--batch-size", 1000), "--batch-size 1000", "at most 40"),
                 (("--batch-size", 1), "--batch-size 1", "two images"),
-                (("--classes", 0), "--classes 0"),
+                (("--classes", 1), "--classes 1", "at least 2"),
                 (("--max-lr", 1e6), "loss", "learning rate", "--max-lr"),
                 (("--data-dir", "nowhere"), "nowhere"),
                 (("--resolutions", 21), "21"),
+                (("--resolutions", 10**6), "1000000", "1024"),
                 (("--device", "meta"), "meta"),
                 (("--device", "cuda:99"), "cuda:99"),
                 (("--resume", "good", "--epochs", 9), "--epochs"),
@@ -1218,6 +1221,7 @@ class Anchors(unittest.TestCase):
         for boxes, k in ((np.empty((0, 2)), 1), (made_boxes(10), math.inf), (made_boxes(10), 1.5)):
             with self.assertRaisesRegex(ValueError, "at least one box"):
                 kmeans(boxes, k)
+        self.assertEqual(kmeans(made_boxes(10), 2.0)[1], kmeans(made_boxes(10), 2)[1])
         with self.assertRaisesRegex(ValueError, "2 different boxes"):
             kmeans([[1, 2], [3, 4], [1, 2]], 3)
 

@@ -264,8 +264,8 @@ def draw_curves(history, path):
 
 def draw_misclassified(dataset, indices, predicted, confidence, path, count=25):
     """A grid of wrongly classified images, drawn at random: what they are, what they were taken for, how surely."""
-    wrong = torch.where(predicted != dataset.labels[indices])[0]
-    wrong = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0))][:count]
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))  # as gradcam.draw_misclassified
+    wrong = order[(predicted != dataset.labels[indices])[order]][:count]
     columns = 5
     rows = max(1, math.ceil(len(wrong) / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.7 * rows), squeeze=False, layout="constrained")
@@ -520,15 +520,15 @@ def parse_arguments(argv=None):
         processes = os.environ.get("WORLD_SIZE")
         launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes else ["python"]
         args.command = shlex.join([*launcher, "train.py", *(sys.argv[1:] if argv is None else argv)])
-    limits = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "classes": (1, 10**6), "max_lr": (1e-12, 1e6),
+    limits = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "classes": (2, 10**6), "max_lr": (1e-12, 1e6),
               "weight_decay": (0, 1), "label_smoothing": (0, 0.999), "min_crop": (0.01, 1), "cutmix": (0, 1),
               "seed": (0, 2**31)}
     for key, (low, high) in limits.items():
         value = getattr(args, key)
         if value is not None and not low <= value <= high:
             raise UsageError(f"--{key.replace('_', '-')} {value}: must be at least {low:g} and at most {high:g}")
-    if min(args.resolutions) < 22:
-        raise UsageError(f"--resolutions {args.resolutions}: at least 22 pixels are needed")
+    if not 22 <= min(args.resolutions) <= max(args.resolutions) <= 1024:
+        raise UsageError(f"--resolutions {args.resolutions}: must be at least 22 and at most 1024 pixels")
     return args, checkpoint
 
 
@@ -699,8 +699,7 @@ def finish(folder, args, hardware, network, dataset, train, val, history, device
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
     gradcam.draw_misclassified(network, dataset, val, resolution, args.min_crop, device, folder / "gradcam.png")
-    shuffled = val[torch.randperm(len(val), generator=torch.Generator().manual_seed(0))]
-    some = val if device.type == "cuda" else shuffled[:1000]  # a CPU would take minutes for all
+    some = val[torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:1000]]  # all may take minutes
     maps = gradcam.evaluate(network, dataset, some, resolution, args.min_crop, device)
     parameters = sum(p.numel() for p in network.parameters())
     write_report(folder / "report.md", args, hardware, parameters, dataset, val, history, predicted, plain, mirrored,
