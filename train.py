@@ -374,21 +374,22 @@ def benchmark(network, batches, optimizer, scaler, dtype, args):
             train_step(network, batch, optimizer, scaler, dtype, args.label_smoothing)
 
     network.train()
+    progress, rounds = data.Progress(), 7
     print(f"{'resolution':>10} {'bare steps':>14} {'real loop':>14} {'loses':>7}    of a step: "
-          "data, forward, backward, optimizer")
+          "data, forward, backward, optimizer", flush=True)
     for resolution in sorted(set(args.resolutions)):
         bare, real, stages = [], [], []
         resident = next(batches.epoch(1, resolution))
+        images, *targets = resident
+        loss = lambda: smoothed_nll_loss(forward(network, images, dtype), *targets, args.label_smoothing)
         loop([resident] * 2, 2)  # what is done once, at the start, is not part of a step
         steps = max(1, min(round(1 / max(synchronised(lambda: loop([resident] * 2, 2)) / 2, 1e-3)), len(batches)))
-        for _ in range(9):
+        for number in range(rounds):
+            progress.show(f"{resolution} pixels, round {number + 1} of {rounds}")
             bare.append(synchronised(lambda: loop([resident] * steps, steps)))
             real.append(synchronised(lambda: loop(batches.epoch(1, resolution), steps)))
-        images, *targets = resident
-        for _ in range(5):
             results, source = [], endless(batches, resolution)
             synchronised(lambda: next(source))  # what is done once an epoch is not part of a step
-            loss = lambda: smoothed_nll_loss(forward(network, images, dtype), *targets, args.label_smoothing)
             optimizer.zero_grad()
             stages.append([
                 synchronised(lambda: next(source)),
