@@ -241,27 +241,6 @@ def scan(folder):
         raise DataError(f"{folder}: {error.strerror}: extract the zip file again") from error
 
 
-class Progress:
-    """A line on stderr that moves while something takes long; where that is a file, a line a minute."""
-
-    def __init__(self, quiet=False):
-        self.quiet, self.moves = quiet, sys.stderr.isatty()
-        self.looked = self.shown = time.monotonic()
-
-    def due(self):
-        """True once a second."""
-        if time.monotonic() - self.looked < 1:
-            return False
-        self.looked = time.monotonic()
-        return True
-
-    def show(self, text):
-        if not self.quiet and (self.moves or time.monotonic() - self.shown > 60):
-            # Back to the start of the line: whatever is printed next takes its place.
-            print(f"{text:79}", end="\r" if self.moves else "\n", file=sys.stderr, flush=True)
-            self.shown = time.monotonic()
-
-
 def decode(paths):
     """Decodes images into one array (N, 3, 64, 64) uint8, grey ones to RGB. Raises DataError naming a bad file."""
     def one(path):
@@ -281,31 +260,6 @@ def decode(paths):
             if progress.due():
                 progress.show(f"decoded {index:,} of {len(paths):,} images")
     return images
-
-
-@contextmanager
-def replacing(path):
-    """A temporary name beside path, moved onto path at the end: path is whole, old or new, whenever we are stopped.
-
-    Raises DataError if it cannot be written.
-    """
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise DataError(f"{path}: cannot be written ({reason}): make room, or name another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def save_figure(figure, path):
-    """Writes a PNG file whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,6 +449,58 @@ def cut_mix(images, labels, patch):
     rows, columns = ((pixel - patch[:, axis, None]).abs() < patch[:, 2, None] / 2 for axis in (0, 1))
     mask = (rows[:, :, None] & columns[:, None, :])[:, None]
     return torch.where(mask, images.flip(0), images), labels, labels.flip(0), 1 - mask.float().mean((1, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress, and files that are whole
+
+
+class Progress:
+    """A line on stderr that moves while something takes long; where that is a file, a line a minute."""
+
+    def __init__(self, quiet=False):
+        self.quiet, self.moves = quiet, sys.stderr.isatty()
+        self.looked = self.shown = time.monotonic()
+
+    def due(self):
+        """True once a second."""
+        if time.monotonic() - self.looked < 1:
+            return False
+        self.looked = time.monotonic()
+        return True
+
+    def show(self, text):
+        if not self.quiet and (self.moves or time.monotonic() - self.shown > 60):
+            # Back to the start of the line: whatever is printed next takes its place.
+            print(f"{text:79}", end="\r" if self.moves else "\n", file=sys.stderr, flush=True)
+            self.shown = time.monotonic()
+
+
+@contextmanager
+def replacing(path):
+    """A temporary name beside path, moved onto path at the end: path is whole, old or new, whenever we are stopped.
+
+    Raises DataError if it cannot be written.
+    """
+    if not Path(path).name:
+        raise DataError(f"{path}: is a folder: name a file")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise DataError(f"{path}: cannot be written ({reason}): make room, or name another place") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def save_figure(figure, path):
+    """Writes a PNG file whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

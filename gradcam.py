@@ -56,6 +56,8 @@ class GradCAM:
         del modules[""]  # the network itself
         if layers is None:
             layers = [name for name, _ in self.network.named_children() if name.startswith("layer")]
+        if not layers:
+            raise UsageError(f"no layer's name begins with 'layer': name some of {', '.join(modules)}")
         for name in layers:
             if name not in modules:
                 raise UsageError(f"no layer is called {name!r}; there are {', '.join(modules)}")
@@ -151,13 +153,13 @@ def measure(maps, boxes):
     return torch.stack((pointing, energy), dim=1)
 
 
-def evaluate(network, dataset, indices, resolution, min_crop, device, layers=None, target="predicted", batch_size=128):
+def evaluate(cam, dataset, indices, resolution, min_crop, target="predicted", batch_size=128):
     """The table of the measures over the images of indices, as Markdown: a row for each layer, chance and the centre.
 
-    The maps are those of the predicted or of the actual class. resolution and min_crop: as the network was trained.
-    Says on stderr how far it is.
+    The maps, of cam, are those of the predicted or of the actual class. resolution and min_crop: as the network was
+    trained. Says on stderr how far it is.
     """
-    cam = GradCAM(network, layers)
+    device = next(cam.network.parameters()).device
     batches = data.Batches(dataset, indices, batch_size, device, False, min_crop)
     border = data.margin(min_crop)
     side = data.SIZE - 2 * border
@@ -226,7 +228,10 @@ def draw(images, maps, titles, heading, path, boxes=None):
 
 
 def maps_of(cam, images, classes, resolution, min_crop):
-    """Maps (N, 64, 64) of images (N, 3, 64, 64) uint8: 0 in the margin, which the network is not shown."""
+    """Maps (N, 64, 64) of images (N, 3, 64, 64) uint8: 0 in the margin, which the network is not shown.
+
+    Where classes (N,) is None, those of the predicted classes.
+    """
     border = data.margin(min_crop)
     maps = cam(data.for_validation(images, resolution, min_crop), classes, [data.SIZE - 2 * border] * 2)
     return {name: F.pad(heat, [border] * 4) for name, heat in maps.items()}
@@ -237,13 +242,12 @@ def title(*lines, width=20, rows=3):
     return "\n".join("\n".join(textwrap.wrap(line, width, max_lines=rows, placeholder=" ...")) for line in lines)
 
 
-def draw_misclassified(network, dataset, indices, resolution, min_crop, device, path, layers=None, target="predicted",
-                       count=10):
+def draw_misclassified(cam, dataset, indices, resolution, min_crop, path, target="predicted", count=10):
     """Draws some images of indices that the network gets wrong, with the maps of one class and the objects' boxes.
 
     The same ones for either target. Where all are right, draws right ones, and the heading says so.
     """
-    cam = GradCAM(network, layers)
+    device = next(cam.network.parameters()).device
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
     wrong, seen = [], 0
     cam.network.eval()
@@ -285,10 +289,10 @@ def read_picture(path):
         raise UsageError(f"{path}: not a picture that can be read: {' '.join(reason.split())}") from error
 
 
-def draw_pictures(network, files, class_names, resolution, min_crop, device, path, layers=None):
+def draw_pictures(cam, files, class_names, resolution, min_crop, path):
     """Prints the five likeliest classes of each picture, and draws the maps of the likeliest."""
+    device = next(cam.network.parameters()).device
     images = torch.stack([read_picture(file) for file in files])
-    cam = GradCAM(network, layers)
     maps = maps_of(cam, images.to(device), None, resolution, min_crop)
     titles = []
     for file, probabilities in zip(files, cam.logits.softmax(1)):
@@ -333,16 +337,15 @@ def main():
 
 
 def run(args):
-    device = model.choose_device(args.device)
     file = args.run if args.run.suffix == ".pt" else args.run / "last.pt"
     checkpoint = model.load_checkpoint(file)
-    network = model.restore(checkpoint, file, device)
+    network = model.restore(checkpoint, file, model.choose_device(args.device))
+    cam = GradCAM(network, args.layers.split(",") if args.layers else None)
     config = checkpoint["config"]
     resolution, min_crop = config["resolutions"][-1], config["min_crop"]
-    layers = args.layers.split(",") if args.layers else None
     if args.pictures:
         out = args.out or file.parent / "pictures.png"
-        draw_pictures(network, args.pictures, checkpoint["classes"], resolution, min_crop, device, out, layers)
+        draw_pictures(cam, args.pictures, checkpoint["classes"], resolution, min_crop, out)
         print(f"wrote {out}")
         return
     data_dir = args.data_dir or config["data_dir"]
@@ -351,10 +354,10 @@ def run(args):
         raise UsageError(f"{file}: trained on other classes than {data_dir} holds: name the right one with --data-dir")
     indices = data.split(dataset, config["split"], config["seed"])[1]
     if args.evaluate:
-        print(evaluate(network, dataset, indices, resolution, min_crop, device, layers, args.target))
+        print(evaluate(cam, dataset, indices, resolution, min_crop, args.target))
     else:
         out = args.out or file.parent / ("gradcam.png" if args.target == "predicted" else "gradcam-actual.png")
-        draw_misclassified(network, dataset, indices, resolution, min_crop, device, out, layers, args.target)
+        draw_misclassified(cam, dataset, indices, resolution, min_crop, out, args.target)
         print(f"wrote {out}")
 
 

@@ -8,6 +8,7 @@ prints for each layer its output shape, parameters, receptive field and multiply
 """
 import argparse
 import zipfile
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class ResNet18(nn.Module):
     stem_stride: by how much the stem (conv1 and maxpool) shrinks the image before the first block. 4 is the original,
     made for 224x224 images; on 64x64 ones it throws away 15 of 16 positions before any block has seen them. 2 leaves
     out the pooling, 1 the stride of conv1 as well. Neither has weights to lose, so all three share their state_dict,
-    but each halving of the stride makes the network about four times as slow.
+    but each halving of the stride takes about four times the multiply-adds.
     Raises ValueError for another stem_stride.
     """
 
@@ -259,6 +260,15 @@ def restore(checkpoint, path, device="cpu"):
 # The table
 
 
+class Layer(NamedTuple):
+    """A row of the table."""
+    name: str
+    shape: tuple  # of the output for one image
+    parameters: int
+    receptive_field: int | None  # side in pixels, None for the whole image
+    multiply_adds: int  # for one image
+
+
 class Layers(fx.Interpreter):
     """Runs a network one operation at a time and notes of each layer its shape, parameters, receptive field and cost.
 
@@ -273,7 +283,7 @@ class Layers(fx.Interpreter):
         tracer = fx.Tracer()
         tracer.is_leaf_module = lambda module, name: not list(module.children())  # what has no parts is one operation
         super().__init__(fx.GraphModule(network, tracer.trace(network)))
-        self.rows = []   # (name, output shape, parameters, receptive field or None for the whole image, multiply-adds)
+        self.rows = []   # of type Layer
         self.spans = {}  # node -> (first, last, jump), or None where the whole image is seen
 
     def run_node(self, node):
@@ -300,14 +310,15 @@ class Layers(fx.Interpreter):
                 multiply_adds = 0
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):  # each weight is used once at each output position
                     multiply_adds = weight.numel() * output[0].numel() // weight.shape[0]
-                self.rows.append((node.target, tuple(output.shape[1:]), sum(p.numel() for p in layer.parameters()),
-                                  span and span[1] - span[0] + 1, multiply_adds))
+                parameters = sum(p.numel() for p in layer.parameters())
+                field = span and span[1] - span[0] + 1
+                self.rows.append(Layer(node.target, tuple(output.shape[1:]), parameters, field, multiply_adds))
         self.spans[node] = span
         return output
 
 
 def layers(network, image_size=64):
-    """The table's rows for images (1, 3, image_size, image_size): see Layers.rows. The network is left as it was."""
+    """The table's rows for images (1, 3, image_size, image_size), of type Layer. The network is left as it was."""
     was_training = network.training
     interpreter = Layers(network.eval())
     with torch.no_grad():
@@ -318,7 +329,7 @@ def layers(network, image_size=64):
 
 def receptive_field(network):
     """Side in pixels of the square of the input that one position of the last feature map depends on."""
-    return max(row[3] for row in layers(network) if row[3] is not None)
+    return max(row.receptive_field for row in layers(network) if row.receptive_field is not None)
 
 
 def print_table(network, image_size):
@@ -328,8 +339,8 @@ def print_table(network, image_size):
     for name, shape, parameters, field, multiply_adds in rows:
         print(f"{name:24}{' x '.join(map(str, shape)):>16}{parameters:14,}{field or 'whole image':>18}"
               f"{multiply_adds:16,}")
-    print(f"\n{type(network).__name__}: {sum(row[2] for row in rows):,} parameters, "
-          f"{sum(row[4] for row in rows) / 1e6:,.0f} million multiply-adds per image, "
+    print(f"\n{type(network).__name__}: {sum(row.parameters for row in rows):,} parameters, "
+          f"{sum(row.multiply_adds for row in rows) / 1e6:,.0f} million multiply-adds per image, "
           f"receptive field {receptive_field(network)} before the global average pool\n")
 
 

@@ -115,14 +115,14 @@ class Networks(unittest.TestCase):
         for stride, side in ((4, 2), (2, 4), (1, 8)):
             network = model.ResNet18(200, stem_stride=stride)
             network.load_state_dict(weights)
-            shapes = {row[0]: row[1] for row in model.layers(network, 64)}
+            shapes = {row.name: row.shape for row in model.layers(network, 64)}
             self.assertEqual(shapes["layer4.1.conv2"], (512, side, side))
 
     def test_parameters(self):
         for network, expected in ((model.ResNet18(200), 11_279_112), (model.CustomResNet(10), 4_058_122),
                                   (model.CustomResNet(200), 4_106_952)):
             self.assertEqual(sum(p.numel() for p in network.parameters()), expected)
-            self.assertEqual(sum(row[2] for row in model.layers(network)), expected)
+            self.assertEqual(sum(row.parameters for row in model.layers(network)), expected)
 
     def test_the_smallest_images_that_train_py_allows_are_large_enough(self):
         for name in model.MODELS:
@@ -130,7 +130,8 @@ class Networks(unittest.TestCase):
 
     def test_multiply_adds_are_the_published_ones(self):
         rows = model.layers(model.ResNet18(1000, stem_stride=4), 224)
-        self.assertEqual(sum(row[4] for row in rows), 1_814_073_344)  # torchvision's documentation: 1.81 GFLOPS
+        # torchvision's documentation: 1.81 GFLOPS
+        self.assertEqual(sum(row.multiply_adds for row in rows), 1_814_073_344)
 
     def test_receptive_field_is_where_the_gradient_is_not_zero(self):
         networks = (model.ResNet18(10, 4), 435), (model.ResNet18(10, 1), 113), (model.CustomResNet(10), 38)
@@ -412,10 +413,12 @@ class TinyImageNet(InFolder):
 
     def test_what_cannot_be_written_is_one_line(self):
         Path("file").write_text("mine")
-        for arguments in (("--out", "file/x.png"), ("--export-coco", "file/x.json")):
-            code, out, err = call(data, *arguments)
+        unwritable = "cannot be written (Not a directory)"
+        for flag, path, why in (("--out", "file/x.png", unwritable), ("--export-coco", "file/x.json", unwritable),
+                                ("--out", ".", "is a folder: name a file")):
+            code, out, err = call(data, flag, path)
             self.assertEqual((code, len(err.splitlines())), (2, 1), err)
-            self.assertIn(f"{arguments[1]}: cannot be written (Not a directory)", err)
+            self.assertIn(f"{path}: {why}", err)
         self.assertEqual(Path("file").read_text(), "mine")
 
     def test_the_boxes_become_a_coco_file(self):
@@ -659,10 +662,11 @@ class Training(InFolder):
         torch.manual_seed(0)
         network = model.create("resnet18", 10, stem_stride=4)
         optimizer, scaler = train.make_optimizer(network, 5e-4), torch.amp.GradScaler("cpu", enabled=False)
+        learner = train.Learner(network, optimizer, scaler, torch.float32)
         batches = data.Batches(dataset, part, 20, "cpu", True)
         progress = data.Progress(quiet=True)
         for epoch in range(1, args.epochs + 1):
-            train.train_epoch(network, batches, optimizer, scaler, torch.float32, args, epoch, progress)
+            train.train_epoch(learner, batches, args, epoch, progress)
         loss, accuracy, predicted, confidence = train.evaluate(
             network, data.Batches(dataset, rest, 50, "cpu", False), 32, torch.float32, progress)
         self.assertGreater(accuracy, 0.8)  # chance: 0.5
@@ -681,7 +685,8 @@ class Training(InFolder):
         self.assertSameRun("runs/tiny-imagenet-resnet18", "runs/tiny-imagenet-resnet18-2")
         folder = Path(folder)
         self.assertEqual([row["epoch"] for row in history(folder)], ["1", "2"])
-        self.assertEqual((folder / "history.csv").read_text().splitlines()[0], ",".join(train.HISTORY))
+        self.assertEqual((folder / "history.csv").read_text().splitlines()[0], 
+                         "epoch,resolution,lr,train_loss,train_accuracy,val_loss,val_accuracy,seconds")
         report = (folder / "report.md").read_text()
         last = model.load_checkpoint(folder / "last.pt")["history"][-1]
         self.assertIn(f"**{last['val_accuracy']:.2%} validation accuracy** after 2 epochs", report)
@@ -691,6 +696,8 @@ class Training(InFolder):
             with Image.open(folder / name) as picture:
                 picture.load()
         self.assertRefused(call(train, "--epochs", 2, "--out", folder, *FLAGS), folder, "there already")
+        Path("link").symlink_to("a folder that is not there")
+        self.assertRefused(call(train, "--epochs", 2, "--out", "link/run", *FLAGS), "link/run", "broken link")
 
     def test_the_range_test_finds_where_the_loss_is_lowest(self):
         with mock.patch.object(train.find_lr, "__defaults__", (20,)):  # steps
@@ -969,6 +976,8 @@ class GradCamAnywhere(unittest.TestCase):
     def test_layers_that_are_not_there_or_yield_no_maps_are_named(self):
         with self.assertRaisesRegex(ValueError, r"'layer5'.*conv1.*layer1.*layer4\.1\.bn2.*fc"):
             gradcam.GradCAM(resnet(), ["layer1", "layer5"])
+        with self.assertRaisesRegex(ValueError, "begins with 'layer': name some of 0, 1"):
+            gradcam.GradCAM(pooled(torch.nn.Conv2d(3, 2, 1), torch.nn.ReLU()))
         with self.assertRaisesRegex(ValueError, "'fc'.*no feature maps"):
             gradcam.GradCAM(resnet(), ["fc"])(self.images)
         network = resnet()
@@ -1007,7 +1016,7 @@ class GradCamMeasures(unittest.TestCase):
         for min_crop, side in ((1.0, 64), (0.35, 52)):  # fed whole images, or what is left without a margin
             with contextlib.redirect_stderr(io.StringIO()) as log, mock.patch("data.Progress.due", return_value=True):
                 log.isatty = lambda: True
-                text = gradcam.evaluate(network, dataset, torch.arange(count), side, min_crop, "cpu", ["1"],
+                text = gradcam.evaluate(gradcam.GradCAM(network, ["1"]), dataset, torch.arange(count), side, min_crop,
                                         batch_size=7)
             self.assertIn("40 validation images, 20 of them predicted correctly, 20 wrongly", text)
             self.assertIn("40 of 40 images", log.getvalue())
@@ -1018,7 +1027,7 @@ class GradCamMeasures(unittest.TestCase):
             self.assertEqual(rows["chance: a flat map"], [f"{100 * (16 / side)**2:.1f}"] * 6)
             dead = pooled(torch.nn.Conv2d(3, 2, 1, bias=False), torch.nn.ReLU())
             dead[0].weight.data.zero_()  # its maps are flat, so they get what chance gets
-            text = gradcam.evaluate(dead, dataset, torch.arange(count), side, min_crop, "cpu", ["1"])
+            text = gradcam.evaluate(gradcam.GradCAM(dead, ["1"]), dataset, torch.arange(count), side, min_crop)
             flat, chance = (line.split("|")[2:] for line in text.splitlines()[4:6])
             self.assertEqual(flat, chance)
             middle = ((corner <= 31) & (corner + 16 > 32)).all(1).float()
