@@ -150,10 +150,12 @@ class CustomResNet(nn.Module):
         self.layer1 = CustomLayer(64, 128)
         self.layer2 = conv_bn_relu(128, 256, 3, padding=1, pool=True)
         self.layer3 = CustomLayer(256, 512)
+        initialise(self)
+        # On a 1x1 image a 1x1 convolution is a linear layer. No ReLU halves the signal of these two: with weights drawn
+        # as if one did, 200 classes begin with a loss of 9 instead of 5.3, and training breaks as the rate rises.
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.conv1x1 = nn.Conv2d(512, 256, 1)
-        self.classifier = nn.Conv2d(256, num_classes, 1)  # on a 1x1 image a 1x1 convolution is a linear layer
-        initialise(self)
+        self.classifier = nn.Conv2d(256, num_classes, 1)
 
     def forward(self, x):
         x = self.layer3(self.layer2(self.layer1(self.prep(x))))  # (N, 512, 6, 6) for 64x64 images

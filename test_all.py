@@ -128,6 +128,12 @@ class Networks(unittest.TestCase):
         for name in model.MODELS:
             self.assertEqual(model.create(name, 5, 4).eval()(torch.zeros(1, 3, 22, 22)).shape, (1, 5))
 
+    def test_a_new_network_prefers_no_class(self):
+        for name in model.MODELS:
+            torch.manual_seed(0)
+            logits = model.create(name, 200, stem_stride=4)(torch.randn(32, 3, 32, 32))
+            self.assertAlmostEqual(F.cross_entropy(logits, torch.arange(32)).item(), math.log(200), delta=0.5, msg=name)
+
     def test_multiply_adds_are_the_published_ones(self):
         rows = model.layers(model.ResNet18(1000, stem_stride=4), 224)
         # torchvision's documentation: 1.81 GFLOPS
