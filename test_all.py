@@ -691,7 +691,7 @@ class Training(InFolder):
         self.assertSameRun("runs/tiny-imagenet-resnet18", "runs/tiny-imagenet-resnet18-2")
         folder = Path(folder)
         self.assertEqual([row["epoch"] for row in history(folder)], ["1", "2"])
-        self.assertEqual((folder / "history.csv").read_text().splitlines()[0], 
+        self.assertEqual((folder / "history.csv").read_text().splitlines()[0],
                          "epoch,resolution,lr,train_loss,train_accuracy,val_loss,val_accuracy,seconds")
         report = (folder / "report.md").read_text()
         last = model.load_checkpoint(folder / "last.pt")["history"][-1]
