@@ -561,7 +561,7 @@ def draw_sizes(wh, pixels, anchors, unit, path):
     edges = [np.geomspace(max(side.min(), side.max() / 1000) / 1.05, side.max() * 1.05, 81) for side in spread.T]
     draw_density(axes, spread, bins=edges, cmin=1)
     axes.scatter(*anchors.T, marker="P", s=90, color=RED, edgecolor="white", label=f"{len(anchors)} anchors")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", framealpha=1)
     axes.set(xlabel="width", ylabel="height", title=f"{len(wh):,} boxes in {unit}", xscale="log", yscale="log",
              xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
     plain_ticks(axes.xaxis)
