@@ -44,7 +44,7 @@ from kmeans import kmeans
 WINDOW = 1 << 18                    # characters of the file held at a time: as Python objects they take ten times that
 LONGEST = 1 << 26                   # no record is longer: if one seems to be, a bracket or quote is never closed
 BATCH = 1024                        # records that are turned into columns at a time: NumPy's overhead is per call
-HUGE, TINY = 1e9, 1e-6              # a coordinate beyond the one is no pixel, a side below the other no side
+HUGE, TINY = 1e9, 1e-6              # more than a billion pixels is a mistake, and so is a side below a millionth
 MARGIN = 0.01                       # readings of bbox whose fits differ by less than this cannot be told apart
 POOR = 0.9                          # fewer boxes inside than this, and the report warns
 SMALL, LARGE = 32 ** 2, 96 ** 2     # COCO's areas in pixels: small up to 32 x 32, large from 96 x 96
@@ -211,7 +211,8 @@ class Reader:
         else:
             yield "annotations", self.elements("annotations") if first == "[" else self.lines()
         if first in KINDS and self.peek():
-            self.fail(f"{self.peek()!r} behind the end", "a file holds one JSON value: remove the rest")
+            self.fail(f"{self.peek()!r} behind the end", "a file holds one JSON value: remove the rest, or make one "
+                      "list [...] of lines of JSON")
 
 
 # --------------------------------------------------------------------------------- from records to a schema and columns
@@ -250,10 +251,10 @@ class Table:
         """The values of one key as (n, *shape) float64."""
         def convert(values):
             try:
-                found = np.array(values)
-            except ValueError:                              # lists of different lengths
+                found = np.array(values, np.float64)        # null becomes NaN, and "12" becomes 12
+            except (TypeError, ValueError, OverflowError):  # a word, lists of different lengths, 400 digits
                 return None
-            return found.astype(np.float64) if found.dtype.kind in "biuf" and found.shape[1:] == shape else None
+            return found if found.shape[1:] == shape else None
 
         values = [record.get(key, default) for record in records]
         found = convert(values)
@@ -261,7 +262,7 @@ class Table:
             row = next(row for row, value in enumerate(values) if convert([value]) is None)
             wanted = "a list of four numbers" if shape else "a number"
             self.blame(row, f"no {key!r}" if key not in records[row] else f"{key!r} is {short(repr(values[row]))}",
-                       f"it must be {wanted} of at most 18 digits")
+                       f"it must be {wanted}")
         return found
 
     def codes(self, records, key, index):
@@ -317,7 +318,7 @@ class Data:
             self.names |= {record["id"]: str(record["name"]) for record in records if "name" in record}
         if table is self.boxes:
             keep("bbox", table.numbers(records, "bbox", (4,)))
-            keep("crowd", table.numbers(records, "iscrowd", default=0) != 0)
+            keep("crowd", table.numbers(records, "iscrowd", default=0) > 0)
             keep("image", rows if self.is_text else table.codes(records, "image_id", self.images))
             keep("class", table.codes(records, "id" if self.is_text else "category_id", self.classes))
         table.count += len(records)
@@ -361,7 +362,8 @@ def inside(box, size):
 def try_readings(bbox, size):
     """{reading: share of the boxes (N, 4) that lie inside their images (N, 2) under it}, and the best reading.
 
-    Where no image has a known size, only the order and the signs can be tested: infinite images forgive all else.
+    Where no image has a known size, only the order and the signs can be tested: infinite images forgive all else. Then
+    any positive numbers may be x, y, width, height; but that x1 < x2 and y1 < y2 in box after box is no chance.
     """
     known = np.isfinite(size).all(axis=1)
     rows = np.isfinite(bbox).all(axis=1) & (known | ~known.any())
@@ -373,7 +375,9 @@ def try_readings(bbox, size):
             fit &= box[:, 2:].max(axis=1) > 1                       # a box of a pixel at most is a fraction, misread
         shares[reading] = float(fit.sum() / max(len(fit), 1))
     best = max(shares.values())
-    return shares, next(reading for reading in shares if shares[reading] > best - MARGIN)
+    alike = [reading for reading in shares if shares[reading] > best - MARGIN]
+    corners = [reading for reading in alike if reading.startswith("xyxy")]
+    return shares, (corners if corners and len(bbox) >= 20 and not known.any() else alike)[0]
 
 
 def explain_reading(shares, reading, asked, sized):
@@ -384,9 +388,9 @@ def explain_reading(shares, reading, asked, sized):
     if reading != "xywh":
         why += f" Read as COCO's [x, y, width, height], {shares['xywh']:.1%} do."
     if not sized:
-        why += " No image has a known size: only the order and the signs of the numbers could be tested."
-    if alike and not asked:
-        why += f" A tie: {', '.join(alike)} fits as well, and the most usual reading was taken."
+        why += " No box is in an image of known size: only the order and the signs of the numbers could be tested."
+    if alike and not asked and shares[reading]:
+        why += f" A tie: as many do under {', '.join(alike)}; the likeliest reading was taken."
     if shares[reading] < POOR:
         why += " A poor fit: look into it before you trust what follows."
     return why
@@ -406,13 +410,6 @@ def count_classes(data):
     return sorted(zip(data.classes, data.class_names, *columns), key=lambda row: -(row[2] + row[3]))
 
 
-def repeated(columns):
-    """(N,) bool: does this row of (N, d) equal an earlier one? In sorted order equal rows are neighbours."""
-    order, again = np.lexsort(columns.T), np.zeros(len(columns), bool)
-    again[order[1:]] = (columns[order[1:]] == columns[order[:-1]]).all(axis=1)
-    return again
-
-
 def check_quality(data, box, size):
     """[(what is odd, how often, the first few, left out of the clustering?)], and (N,) bool: the boxes that are used.
 
@@ -421,7 +418,8 @@ def check_quality(data, box, size):
     finite = (np.abs(box) < HUGE).all(axis=1)                       # NaN compares false
     area = finite & (box[:, 2:] > TINY).all(axis=1)
     sized = np.isfinite(size).all(axis=1)
-    again = repeated(np.column_stack([data.image_row, data.class_row, data.bbox]))
+    same, again = np.column_stack([data.image_row, data.class_row, data.bbox]), np.ones(len(box), bool)
+    again[np.unique(same, axis=0, return_index=True)[1]] = False    # the first of equal rows
     table = []
 
     def count(what, mask, out, name=data.boxes.where):
@@ -445,16 +443,18 @@ def check_quality(data, box, size):
 
 def at_input(wh, size, side, resize, fraction):
     """Widths and heights (N, 2) as the network sees them when images of size (N, 2) become side x side; their unit."""
-    unit = f"pixels at {side} x {side}, {resize}"
     if not np.isfinite(size).all():                                 # sizes unknown
-        return (wh * side, unit) if fraction else (wh, "pixels of the images, whose sizes are unknown")
+        if not fraction:
+            return wh, "pixels of the images, whose sizes are unknown"
+        size, resize = np.ones_like(size), "stretch"                # letterbox would need their shapes
+    unit = f"pixels at {side} x {side}, {resize}"
     if resize == "letterbox":
         size = size.max(axis=1, keepdims=True)                      # YOLOv5: the longer side becomes `side`
     return wh / size * side, unit                                   # YOLOv2: both do
 
 
 def find_anchors(wh, asked, seed):
-    """{k: (anchors, mean IoU)} for those asked for and, to see what each anchor gains, from 1 on."""
+    """{k: (anchors, mean IoU)} for the k asked for and, to show what each anchor gains, for k = 1, 2, ... as well."""
     found = {}
     for k in sorted({*range(1, min(max(asked), 9) + 1), *asked}):
         try:
@@ -491,7 +491,8 @@ def draw_bars(axes, rows, title):
 
 def draw_density(axes, points, **options):
     """A histogram of points (N, 2); the root of a count as its colour lets single boxes be seen beside thousands."""
-    *_, image = axes.hist2d(*points.T, norm=PowerNorm(0.5, 0), **options)
+    counts, *_, image = axes.hist2d(*points.T, norm=PowerNorm(0.5, 0), **options)
+    image.set_clim(0, max(np.nanmax(counts, initial=0), 1))         # also where all points lie outside
     axes.figure.colorbar(image, ax=axes, label="boxes", shrink=0.8)
 
 
@@ -506,15 +507,16 @@ def draw_classes(rows, path):
         curve.set(yscale="symlog", ylim=(0, None), xlim=(0.5, len(rows) + 0.5), title=f"{len(rows):,} classes",
                   xlabel="classes, from the most to the least frequent", ylabel="annotations")
         curve.yaxis.set_major_formatter("{x:,.0f}")
-        draw_bars(most, rows[:20], "the 20 most frequent")
         filled = [row for row in rows if row[2] + row[3]]
         none = f" ({len(rows) - len(filled):,} have none)" if len(filled) < len(rows) else ""
-        draw_bars(least, filled[-20:], "the 20 least frequent" + none)
+        some = min(20, len(filled))
+        draw_bars(most, filled[:some], f"the {some} most frequent")
+        draw_bars(least, filled[-some:], f"the {some} least frequent{none}")
     save(figure, path)
 
 
-def draw_boxes(data, box, size, path):
-    """Where boxes lie; how many an image has (or, where each has one, their shape); how large they are for COCO.
+def draw_boxes(data, box, size, fraction, path):
+    """Where boxes lie; how many an image has (or, where none has two, their shape); how large they are for COCO.
 
     box (N, 4) x, y, width, height; size (N, 2) of their images.
     """
@@ -533,19 +535,24 @@ def draw_boxes(data, box, size, path):
         more = f" ({top} stands for {top} and more)" if counts.max() > top else ""
         many.set(title=f"annotations per image: {counts.mean():.1f} on average, {counts.max():,} at most",
                  xlabel="annotations" + more, ylabel="images")
-        many.locator_params(axis="x", nbins=8, integer=True)
+        many.locator_params(axis="x", nbins=8, integer=True, min_n_ticks=1)
     else:
         many.hist(np.log2(box[:, 2] / box[:, 3]).clip(-4, 4), bins=np.linspace(-4, 4, 41), color=BLUE)
         many.set_xticks(range(-4, 5, 2), ["1:16", "1:4", "1:1", "4:1", "16:1"])
-        many.set(title="shape (every image has one box)", xlabel="width : height", ylabel="boxes")
+        many.set(title="shape (no image has two boxes)", xlabel="width : height", ylabel="boxes")
 
-    areas = box[:, 2].clip(1e-3) * box[:, 3].clip(1e-3)
-    area.hist(areas, bins=np.geomspace(min(areas.min(), 100), max(areas.max(), 1e5) * 1.01, 60), color=BLUE)
-    for edge in SMALL, LARGE:
-        area.axvline(edge, color=RED, linestyle="--")
-    shares = np.histogram(areas, [0, SMALL, LARGE, np.inf])[0] / len(areas)
-    area.set(title="small {:.0%}, medium {:.0%}, large {:.0%}".format(*shares), ylabel="boxes",
-             xlabel="area in pixels (dashed: COCO's 32 x 32 and 96 x 96)", xscale="log")
+    areas = box[:, 2:].clip(1e-3).prod(axis=1)
+    low, high = (areas.min() / 2, 1) if fraction and not known else (min(areas.min(), 100), max(areas.max(), 1e5))
+    area.hist(areas, bins=np.geomspace(low, high * 1.01, 60), color=BLUE)
+    area.set(xscale="log", ylabel="boxes")
+    if fraction and not known:
+        area.set(title="area", xlabel="area, fraction of the image")
+    else:
+        for edge in SMALL, LARGE:
+            area.axvline(edge, color=RED, linestyle="--")
+        shares = np.histogram(areas, [0, SMALL, LARGE, np.inf])[0] / len(areas)
+        area.set(title="small {:.0%}, medium {:.0%}, large {:.0%}".format(*shares),
+                 xlabel="area in pixels (dashed: COCO's 32 x 32 and 96 x 96)")
     plain_ticks(area.xaxis, (1,))
     save(figure, path)
 
@@ -553,11 +560,12 @@ def draw_boxes(data, box, size, path):
 def draw_sizes(wh, pixels, anchors, unit, path):
     """Width against height as a density, readable with a million boxes; anchors on top. Logarithmic: IoU is of ratios.
 
-    Whole pixels would show as stripes, so each box is spread at random over the pixel that its sides were rounded to:
-    pixels (N, 2) in the image, wh (N, 2) at the network's input.
+    Whole pixels would show as stripes, so a whole side is spread at random over the pixel it was rounded to: pixels
+    (N, 2) in the image, wh (N, 2) at the network's input.
     """
     figure, axes = plt.subplots(figsize=(6.4, 5.2))
-    spread = wh * (1 + np.random.default_rng(0).uniform(-0.5, 0.5, wh.shape) / pixels.clip(1))
+    whole = (pixels % 1 == 0) & (pixels > 1)                        # a side of 1 may be a fraction, all of the image
+    spread = wh * (1 + whole * np.random.default_rng(0).uniform(-0.5, 0.5, wh.shape) / pixels.clip(1))
     edges = [np.geomspace(max(side.min(), side.max() / 1000) / 1.05, side.max() * 1.05, 81) for side in spread.T]
     draw_density(axes, spread, bins=edges, cmin=1)
     axes.scatter(*anchors.T, marker="P", s=90, color=RED, edgecolor="white", label=f"{len(anchors)} anchors")
@@ -629,7 +637,7 @@ def describe_fields(data, reading):
             limits = [max(min(limit, 1e300), -1e300) for limit in (field["low"], field["high"])]
             numeric = field["types"] <= {int, float} and limits[0] <= limits[1]
             yield [name, cell(key), f"{field['count']:,}", ", ".join(sorted(types[kind] for kind in field["types"])),
-                   f"{limits[0]:.6g} to {limits[1]:.6g}" if numeric else "",
+                   f"{limits[0]:.12g} to {limits[1]:.12g}" if numeric else "",
                    cell(field["example"]) if key != "segmentation" else "",
                    meaning.get(key, "") if table is data.boxes else ""]
 
@@ -701,7 +709,8 @@ def run(args, out):
         raise BadInput(f"bbox, read as {READINGS[reading][0]}: none of {len(box):,} boxes is usable: mend them, or try "
                        "another --bbox-format")
     box, size, classes = box[good], size[good], count_classes(data)
-    wh, unit = at_input(box[:, 2:], size, args.size, args.resize, reading.endswith("fraction"))
+    fraction = reading.endswith("fraction")
+    wh, unit = at_input(box[:, 2:], size, args.size, args.resize, fraction)
     tried = find_anchors(wh, asked, args.seed)
     found = {k: tried[k] for k in asked if k in tried} or {max(tried): tried[max(tried)]}
     summary = (f"{data.kind}: {(~data.crowd).sum():,} boxes and {data.crowd.sum():,} crowds of {len(classes):,} "
@@ -712,7 +721,7 @@ def run(args, out):
     with tempfile.TemporaryDirectory(prefix=".analysis-", dir=out.parent) as folder:
         folder = Path(folder)
         draw_classes(classes, folder / "class_distribution.png")
-        draw_boxes(data, box, size, folder / "bbox_distribution.png")
+        draw_boxes(data, box, size, fraction, folder / "bbox_distribution.png")
         draw_sizes(wh, box[:, 2:], found[max(found)][0], unit, folder / "bbox_wh.png")
         draw_anchors(found, args.size, unit, folder / "anchors.png")
         draw_elbow(tried, list(found), folder / "anchors_iou.png")
@@ -724,6 +733,8 @@ def run(args, out):
             file.replace(out / file.name)
 
     print(f"{short(name, 100)}: {summary}\nbbox is {READINGS[reading][0]}: {why}")
+    if data.assumed:
+        print("the file names no classes: COCO's names are assumed")
     for what, count, names, _ in quality:
         if count:
             print(f"  {count:,} {what}: {', '.join(names)}{', ...' if count > len(names) else ''}")
@@ -760,7 +771,10 @@ def main():
         cure = "" if isinstance(error, BadInput) else ": check the path, the permissions and the content"
         print(f"coco_analysis.py: {short(file, 300)}: {short(what, 1000)}{cure}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                        # a class name that the terminal's encoding lacks
     main()

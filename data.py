@@ -56,9 +56,9 @@ class Dataset(NamedTuple):
 
 
 def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
-    """The data set of that name, "tiny-imagenet" or "shapes" (whose images are drawn from seed), or its first classes.
+    """The data set of that name, or only its first so many classes. Raises DataError.
 
-    Tiny ImageNet is looked for in data_dir, and downloaded if it is not there. Raises DataError.
+    "shapes" is drawn from seed; "tiny-imagenet" is looked for in data_dir, and downloaded if it is not there.
     """
     dataset = shapes(seed) if name == "shapes" else tiny_imagenet(Path(data_dir))
     if classes is None or classes >= len(dataset.class_names):
@@ -283,8 +283,8 @@ SHAPES = {
 def shapes(seed=0, per_class=550):
     """Draws per_class images of each of the ten SHAPES, another data set for each seed, in about three seconds.
 
-    Colour, texture, size, place, rotation and background come from the same random numbers for all classes, so nothing
-    but the shape gives the class away.
+    Colour, texture, size, place, rotation and background are drawn in the same way for every class, so nothing but the
+    shape gives the class away.
     """
     rng = np.random.default_rng(seed)
     pixel = np.arange(SIZE) + 0.5
@@ -392,8 +392,9 @@ class Batches:
         return self.count
 
     def epoch(self, epoch, resolution):
-        """Yields images (B, 3, resolution, resolution) float32, labels (B,) int64 and, of images with a patch of
-        another one, the other's labels (B,) and the share (B,) that is left of the first: every index once."""
+        """Yields, until every index was there once: images (B, 3, resolution, resolution) float32; their labels (B,)
+        int64; the labels (B,) of the images that the patches come from; the share (B,) of each image that is its own.
+        """
         total, order = len(self.indices), self.indices
         if self.augment:
             # Drawn on the CPU, whose random numbers are the same everywhere, for the whole epoch at once.
@@ -456,14 +457,14 @@ def cut_mix(images, labels, patch):
 
 
 class Progress:
-    """A line on stderr that moves while something takes long; where that is a file, a line a minute."""
+    """A line on stderr, rewritten in place while something takes long; if stderr is a file, a new line a minute."""
 
     def __init__(self, quiet=False):
         self.quiet, self.moves = quiet, sys.stderr.isatty()
         self.looked = self.shown = time.monotonic()
 
     def due(self):
-        """True once a second."""
+        """True at most once a second."""
         if time.monotonic() - self.looked < 1:
             return False
         self.looked = time.monotonic()
@@ -489,7 +490,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
-        reason = getattr(error, "strerror", None) or "is the disk full?"
+        reason = getattr(error, "strerror", None) or f"{str(error).partition(chr(10))[0]}; is the disk full?"
         raise DataError(f"{path}: cannot be written ({reason}): make room, or name another place") from error
     finally:
         with suppress(OSError):
@@ -564,6 +565,8 @@ def main():
     except (DataError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ sum of the maps, where it is positive, is what spoke for the class. Late layers 
 early ones are sharp but know edges and colours only.
 """
 import argparse
+import os
 import sys
 import textwrap
 import time
@@ -41,13 +42,15 @@ from model import UsageError
 class GradCAM:
     """maps = GradCAM(network, ["layer3", "layer4"])(images, classes)
 
-    layers: names as in network.named_modules(), or None for all of layer1, layer2, ... that there are.
+    layers: names as in network.named_modules(), or None for all of layer1, layer2, ... that there are. Their outputs
+    must be (N, C, H, W); a Swin transformer's (N, H, W, C) cannot be told from that, and gives nonsense.
     images (N, 3, H, W) float, classes (N,) int64 or None for the predicted ones -> {layer: maps (N, H, W) in [0, 1]},
-    each map 0 at its minimum and 1 at its maximum; one that is flat, since nothing spoke for the class, is 0. size, a
-    pair, asks for maps of another size than the images. `logits` (N, classes): what the network said in the last call.
+    each map 0 at its minimum and 1 at its maximum. A flat one is 0: nothing spoke for the class, or the layer has a
+    single position. size, a pair, asks for maps of another size than the images. `logits` (N, classes): what the
+    network said in the last call.
 
     Works on frozen weights, inside no_grad, in any train or eval mode, and leaves no trace of itself in the network.
-    Raises UsageError for a layer that there is not, or that yields no feature maps.
+    Raises UsageError for a layer that there is not, or that yields no feature maps, and for a network without logits.
     """
 
     def __init__(self, network, layers=None):
@@ -74,16 +77,20 @@ class GradCAM:
             # starts at the image, which is what everything is computed from.
             with torch.inference_mode(False), torch.enable_grad():
                 # .forward: calling the network itself would run the code that network.compile() made, without hooks.
-                logits = self.network.forward(images.detach().clone().requires_grad_())
-                missing = [name for name in self.layers if name not in features]
+                # The second clone may be overwritten by an inplace layer, which the start of a graph may not.
+                logits = self.network.forward(images.detach().clone().requires_grad_().clone())
+                if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+                    raise UsageError("the network yields no logits (N, classes)")
+                missing = [name for name in self.layers if name not in features or not features[name].requires_grad]
                 if missing:
-                    raise UsageError(f"the network does not use its layer {missing[0]!r}")
+                    raise UsageError(f"the network does not use its layer {missing[0]!r}, or computes it in no_grad")
                 # A clone: a tensor made in inference_mode may not take part in a graph.
                 classes = logits.argmax(1) if classes is None else classes.clone()
                 # The sum is no mixture: no image's features reach the score of another. autograd.grad, unlike
                 # backward(), touches no .grad, and it computes no gradients of weights, a third of the work.
-                scores = logits.gather(1, classes[:, None])
-                gradients = torch.autograd.grad(scores.sum(), [features[name] for name in self.layers])
+                scores = logits[torch.arange(len(logits)), classes]
+                gradients = torch.autograd.grad(scores.sum(), [features[name] for name in self.layers],
+                                                materialize_grads=True)  # 0 where the score does not depend on a layer
             self.logits = logits.detach()
             return {name: combine(features[name].detach(), gradient, size or images.shape[2:])
                     for name, gradient in zip(self.layers, gradients)}
@@ -98,7 +105,8 @@ def combine(features, gradient, size):
     """The formula itself, and its scaling: a layer's output and the gradient at it, (N, C, h, w) -> maps (N, *size)."""
     weights = gradient.mean((2, 3))                                        # (N, C)
     maps = torch.einsum("nc,nchw->nhw", weights, features).relu()          # (N, h, w)
-    # Stretched before, too: else of a flat map, as a 1x1 one is, the rounding errors of interpolate would be stretched.
+    # Stretched twice: interpolate leaves rounding errors in a flat map (a 1x1 one, say), which the second stretch alone
+    # would blow up to 0 ... 1. The first one makes a flat map exactly 0, and so it stays.
     return stretch(F.interpolate(stretch(maps)[:, None], size, mode="bilinear", align_corners=False)[:, 0])
 
 
@@ -124,13 +132,10 @@ def catch(name, features):
 
 def unwrap(network):
     """The network inside DistributedDataParallel, DataParallel and torch.compile, in any order."""
-    while True:
-        if isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            network = network.module
-        elif hasattr(network, "_orig_mod"):  # what torch.compile(network) returns
-            network = network._orig_mod
-        else:
-            return network
+    # _orig_mod: what torch.compile(network) wraps.
+    while hasattr(network, "_orig_mod") or isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        network = network._orig_mod if hasattr(network, "_orig_mod") else network.module
+    return network
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,6 +302,7 @@ def draw_pictures(cam, files, class_names, resolution, min_crop, path):
     titles = []
     for file, probabilities in zip(files, cam.logits.softmax(1)):
         best = probabilities.topk(min(5, len(class_names)))
+        file = os.fsencode(file).decode(errors="replace")  # a name need not be UTF-8
         print(file)
         for probability, label in zip(best.values.tolist(), best.indices.tolist()):
             print(f"{100 * probability:7.1f} %  {class_names[label]}")
@@ -323,9 +329,12 @@ def main():
     parser.add_argument("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
     parser.add_argument("--out", type=Path, help="the picture's file; by default in the run's folder")
     args = parser.parse_intermixed_args()  # pictures may stand before and after flags
-    if args.pictures and (args.evaluate or args.target == "actual" or len(args.pictures) > 20):
-        parser.error("of your own pictures, at most 20 at once, only the predicted class is known: "
-                     "no --evaluate, no --target actual")
+    if len(args.pictures) > 20:
+        parser.error(f"{len(args.pictures)} pictures: at most 20 at once")
+    if args.pictures and (args.evaluate or args.target == "actual"):
+        parser.error("of your own pictures only the predicted class is known: no --evaluate, no --target actual")
+    if args.evaluate and args.out:
+        parser.error("--evaluate prints a table and writes no picture: leave out --out")
     try:
         run(args)
     except torch.OutOfMemoryError:
@@ -334,6 +343,8 @@ def main():
     except (data.DataError, UsageError, OSError) as error:
         print(f"gradcam.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run(args):

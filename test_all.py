@@ -118,6 +118,12 @@ class Networks(unittest.TestCase):
             shapes = {row.name: row.shape for row in model.layers(network, 64)}
             self.assertEqual(shapes["layer4.1.conv2"], (512, side, side))
 
+    def test_the_table_leaves_the_network_as_it_was(self):
+        network = model.CustomResNet(5)
+        network.layer1.eval()  # as frozen BatchNorms are
+        model.layers(network)
+        self.assertEqual([module.training for module in (network, network.layer1, network.layer2)], [True, False, True])
+
     def test_parameters(self):
         for network, expected in ((model.ResNet18(200), 11_279_112), (model.CustomResNet(10), 4_058_122),
                                   (model.CustomResNet(200), 4_106_952)):
@@ -134,14 +140,22 @@ class Networks(unittest.TestCase):
             logits = model.create(name, 200, stem_stride=4)(torch.randn(32, 3, 32, 32))
             self.assertAlmostEqual(F.cross_entropy(logits, torch.arange(32)).item(), math.log(200), delta=0.5, msg=name)
 
+    def test_the_command_prints_what_its_docstring_says(self):
+        code, out, err = call(model)
+        self.assertEqual((code, err), (0, ""))
+        for words in ("ResNet18: 11,279,112 parameters", "CustomResNet: 4,106,952 parameters", "That gives 38."):
+            self.assertIn(words, out)
+
     def test_multiply_adds_are_the_published_ones(self):
         rows = model.layers(model.ResNet18(1000, stem_stride=4), 224)
         # torchvision's documentation: 1.81 GFLOPS
         self.assertEqual(sum(row.multiply_adds for row in rows), 1_814_073_344)
 
     def test_receptive_field_is_where_the_gradient_is_not_zero(self):
-        networks = (model.ResNet18(10, 4), 435), (model.ResNet18(10, 1), 113), (model.CustomResNet(10), 38)
-        for network, expected in networks:
+        odd = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, dilation=2), torch.nn.AvgPool2d(2), torch.nn.Conv2d(4, 5, 3),
+                                  torch.nn.Flatten(), torch.nn.Linear(5 * 28 * 28, 2))
+        for network, last, expected in ((model.ResNet18(10, 4), "layer4", 435), (model.ResNet18(10, 1), "layer4", 113),
+                                        (model.CustomResNet(10), "layer3", 38), (odd, "2", 10)):
             self.assertEqual(model.receptive_field(network), expected)
             for module in network.modules():  # positive everywhere, so that nothing cancels, nothing is cut off
                 for name, child in module.named_children():
@@ -151,9 +165,8 @@ class Networks(unittest.TestCase):
                     torch.nn.init.constant_(module.weight, 1 / module.weight[0].numel())
                 if isinstance(module, torch.nn.BatchNorm2d):
                     torch.nn.init.ones_(module.weight)
-            last = network.layer4 if hasattr(network, "layer4") else network.layer3
             features = []
-            last.register_forward_hook(lambda module, inputs, output: features.append(output))
+            network.get_submodule(last).register_forward_hook(lambda module, inputs, output: features.append(output))
             side = 64 * math.ceil(expected * 1.3 / 64)
             image = torch.ones(1, 3, side, side, dtype=torch.float64, requires_grad=True)
             network.double().eval()(image)
@@ -250,6 +263,21 @@ class Schedule(unittest.TestCase):
                 for p in (module.weight,)}
         self.assertEqual({id(p) for p in decayed["params"]}, kept)
 
+    def test_a_step_is_torchs_sgd_on_torchs_cross_entropy(self):
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+        twin, scaler = copy.deepcopy(network), torch.amp.GradScaler("cpu", enabled=False)
+        learner = train.Learner(network, train.make_optimizer(network, 0.01), scaler, torch.float32)
+        groups = [{"params": [twin[1].weight], "weight_decay": 0.01}, {"params": [twin[1].bias]}]
+        theirs = torch.optim.SGD(groups, lr=0.3, momentum=0.8, nesterov=True)
+        for _ in range(3):
+            images, (labels, others), share = torch.randn(8, 3, 2, 2), torch.randint(5, (2, 8)), torch.rand(8)
+            train.train_step(learner, (images, labels, others, share), 0.1, 0.3, 0.8)
+            mixed = share[:, None] * F.one_hot(labels, 5) + (1 - share[:, None]) * F.one_hot(others, 5)
+            theirs.zero_grad()
+            F.cross_entropy(twin(images), mixed, label_smoothing=0.1).backward()
+            theirs.step()
+        torch.testing.assert_close(network.state_dict(), twin.state_dict(), atol=1e-5, rtol=0)
+
     def test_a_step_that_gradscaler_skips_leaves_no_trace(self):
         """Also where it is the very first one, before there is any momentum; what follows is torch's plain SGD."""
         network, images, scaler = torch.nn.Linear(200, 30), torch.randn(8, 200), torch.amp.GradScaler("cpu")
@@ -337,6 +365,9 @@ class TinyImageNet(InFolder):
             number = list(WORDS).index(dataset.wnids[label])
             self.assertEqual(box.tolist()[::2], [0, 64] if is_val else [number, number + 21])
         self.assertEqual(dataset.official_val.sum(), 16)
+        first = data.load("tiny-imagenet", "data", classes=2)
+        self.assertEqual(first.class_names, dataset.class_names[:2])
+        self.assertTrue(torch.equal(first.images, dataset.images[dataset.labels < 2]))
 
     def test_images_are_what_pillow_decodes(self):
         dataset = self.load()
@@ -526,6 +557,8 @@ class SplitsAndBatches(unittest.TestCase):
         self.assertEqual(dataset.labels[train_part].bincount().tolist(), [385] * 10)
         self.assertTrue(torch.equal(train_part, data.split(dataset, "70-30", seed=3)[0]))
         self.assertFalse(torch.equal(train_part, data.split(dataset, "70-30", seed=4)[0]))
+        official = data.split(dataset._replace(official_val=torch.arange(5500) < 500), "official")
+        self.assertEqual([part.tolist() for part in official], [list(range(500, 5500)), list(range(500))])
 
     def seen(self, batches, epoch=1):
         """Which images of numbered() the batches hold, in order, and the batches' sizes."""
@@ -580,6 +613,8 @@ class SplitsAndBatches(unittest.TestCase):
             inner = slice(2, -2)  # at its border a crop sees the pixels beside it; a picture cut out before does not
             self.assertLess((data.prepare(images, 48, theta) - expected)[:, :, inner, inner].abs().max(), 1e-2)
         self.assertLess((data.prepare(images, 32) - F.avg_pool2d(plain, 2)).abs().max(), 1e-2)
+        enlarged = resize(plain, [96, 96], antialias=False)  # at the border, too: no zeros come in from outside
+        self.assertLess((data.prepare(images, 96) - enlarged).abs().max(), 1e-3)
 
     def test_crops_are_of_every_size_and_place_inside_the_image(self):
         theta = data.random_crops(20_000, 0.3, torch.Generator().manual_seed(0))
@@ -590,7 +625,10 @@ class SplitsAndBatches(unittest.TestCase):
         self.assertGreater(area.min(), 0.299)
         self.assertLess((area < 0.31).float().mean(), 0.05)
         self.assertGreater((area < 0.4).float().mean(), 0.1)
-        self.assertLessEqual(torch.maximum(width / height, height / width).max(), 4 / 3 + 1e-4)
+        self.assertAlmostEqual(torch.maximum(width / height, height / width).max().item(), 4 / 3, delta=0.03)
+        for axis, side in enumerate((width, height)):
+            place = (theta[:, axis, 2] / (1 - side))[side < 0.99]  # -1 is left or top, 1 is right or bottom
+            self.assertAlmostEqual(place.std().item(), 3**-0.5, delta=0.02)
         whole = data.random_crops(100, 1.0, torch.Generator().manual_seed(0))
         self.assertTrue(torch.equal(whole.abs(), torch.eye(2, 3).expand(100, 2, 3)))
 
@@ -610,6 +648,7 @@ class SplitsAndBatches(unittest.TestCase):
         side = patch[:, 2]
         self.assertAlmostEqual((side > 0).float().mean().item(), 0.4, delta=0.02)
         self.assertAlmostEqual((side[side > 0] ** 2).mean().item(), 0.5, delta=0.02)
+        self.assertAlmostEqual(patch[:, :2].std().item(), 12**-0.5, delta=0.02)  # of any place
 
 
 class Shapes(unittest.TestCase):
@@ -682,6 +721,43 @@ class Training(InFolder):
         self.assertAlmostEqual(loss, F.cross_entropy(logits, dataset.labels[rest]).item(), places=4)
         self.assertTrue(torch.allclose(confidence, logits.softmax(dim=1).max(dim=1).values, atol=1e-4))
 
+    def test_a_run_trains_on_augmented_training_images_at_the_schedules_rates(self):
+        with (mock.patch.object(data, "Batches", wraps=data.Batches) as made, mock.patch.object(train, "finish"),
+              mock.patch.object(train, "train_step", wraps=train.train_step) as steps):
+            self.assertEqual(call(train, "--epochs", 2, "--out", "run", *FLAGS)[0], 0)
+        for used, part, augment in zip(made.call_args_list, data.split(data.load()), (True, False), strict=True):
+            self.assertTrue(torch.equal(used.args[1], part))
+            self.assertIs(used.args[4], augment)
+        self.assertEqual(made.call_args_list[0].args[5:7], (0.35, 0.5))  # crops, CutMix
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1, momentum=0.9)
+        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10, pct_start=0.2)
+        self.assertEqual(steps.call_count, 10)
+        for used in steps.call_args_list:
+            group = optimizer.param_groups[0]
+            np.testing.assert_allclose(used.args[2:], (0.1, group["lr"], group["momentum"]), atol=1e-9)
+            optimizer.step(), theirs.step()
+        best = max(float(row["val_accuracy"]) for row in history("run"))
+        self.assertEqual(model.load_checkpoint("run/best.pt")["history"][-1]["val_accuracy"], best)
+
+    def test_the_rehearsal_leaves_no_trace(self):
+        dataset = data.shapes(per_class=2)
+        batches = data.Batches(dataset, torch.arange(20), 10, "cpu", True)
+        network = model.create("resnet18", 10, stem_stride=4).train()
+        before, seen = copy.deepcopy(network.state_dict()), []
+        network.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+        learner = train.Learner(network, train.make_optimizer(network, 0), None, torch.float32)
+        train.rehearse(learner, batches, mock.Mock(resolutions=[48, 22]))
+        self.assertEqual(seen, [(10, 3, 48, 48)])
+        for name, tensor in network.state_dict().items():
+            self.assertTrue(torch.equal(tensor, before[name]), name)
+        self.assertEqual([p.grad for p in network.parameters() if p.grad is not None], [])
+
+    def test_the_report_tells_best_from_worst_and_actual_from_predicted(self):
+        labels, predicted = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 1, 0, 1, 1])
+        table = train.tabulate_classes(["a", "b", "c"], labels, predicted)
+        for row in ("| a | 100.0% | c | 0.0% |", "| c | b | 2 |", "| b | a | 1 |"):
+            self.assertIn(row, table)
+
     def test_a_run_leaves_a_report_and_another_run_leaves_it_alone(self):
         for folder in ("runs/tiny-imagenet-resnet18", "runs/tiny-imagenet-resnet18-2"):
             code, out, err = call(train, "--epochs", 2, *FLAGS)
@@ -726,16 +802,29 @@ class Training(InFolder):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         self.assertLess(len(history("killed")), 4)
-        self.assertEqual(call(train, "--resume", "killed")[0], 0)
+        self.assertEqual(call(train, "--resume", "killed", "--device", "cpu")[0], 0)
         self.assertSameRun("whole", "killed")
 
     def test_ctrl_c_says_how_to_go_on(self):
-        with mock.patch.object(train, "train_epoch", side_effect=lambda *_: signal.raise_signal(signal.SIGINT)):
-            code, _, err = call(train, "--epochs", 1, "--out", "stopped", *FLAGS)
-        self.assertEqual(code, 130)
-        self.assertIn("python train.py --resume stopped", err)
-        self.assertEqual(call(train, "--resume", "stopped")[0], 0)
-        self.assertEqual(len(history("stopped")), 1)
+        """To the same weights, also where another device has left the momentum in another order in memory."""
+        self.assertEqual(call(train, "--epochs", 2, "--out", "whole", *FLAGS)[0], 0)
+        train_epoch = train.train_epoch
+
+        def stop(learner, batches, args, epoch, progress):
+            if epoch == 2:
+                signal.raise_signal(signal.SIGINT)
+            return train_epoch(learner, batches, args, epoch, progress)
+
+        with mock.patch.object(train, "train_epoch", stop):
+            code, _, err = call(train, "--epochs", 2, "--out", "stopped", *FLAGS)
+        self.assertEqual((code, len(history("stopped"))), (130, 1))
+        self.assertIn("python train.py --resume stopped --device cpu", err)
+        checkpoint = torch.load("stopped/last.pt")
+        for state in checkpoint["optimizer"]["state"].values():
+            state["momentum_buffer"] = state["momentum_buffer"].contiguous()
+        torch.save(checkpoint, "stopped/last.pt")
+        self.assertEqual(call(train, "--resume", "stopped", "--device", "cpu")[0], 0)
+        self.assertSameRun("whole", "stopped")
 
     def test_two_processes_train_one_network(self):
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -766,6 +855,7 @@ class Training(InFolder):
                 (("--data-dir", "nowhere"), "nowhere"),
                 (("--resolutions", 21), "21"),
                 (("--resolutions", 10**6), "1000000", "1024"),
+                (("--find-lr", "--out", "good"), "--out good", "picture"),
                 (("--device", "meta"), "meta"),
                 (("--device", "cuda:99"), "cuda:99"),
                 (("--resume", "good", "--epochs", 9), "--epochs"),
@@ -778,7 +868,7 @@ class Training(InFolder):
         for change in ({"classes": ["one"]}, {"model": model.create("customresnet", 4).state_dict()}):
             os.makedirs("other", exist_ok=True)
             torch.save({**checkpoint, **change}, "other/last.pt")
-            self.assertRefused(call(train, "--resume", "other"), "other/last.pt")
+            self.assertRefused(call(train, "--resume", "other", "--device", "cpu"), "other/last.pt")
         self.assertEqual(before, {path: path.read_bytes() for path in Path("good").iterdir()})
 
     def test_the_benchmark_measures_each_resolution_also_where_an_epoch_is_one_batch(self):
@@ -800,7 +890,7 @@ class Training(InFolder):
             self.assertRefused(call(train, "--epochs", 2, "--out", "full", *FLAGS), "full/", "No space left",
                                "--resume full")
         self.assertEqual(model.load_checkpoint("full/last.pt")["epoch"], 1)
-        self.assertEqual(call(train, "--resume", "full")[0], 0)
+        self.assertEqual(call(train, "--resume", "full", "--device", "cpu")[0], 0)
         self.assertEqual(len(history(Path("full"))), 2)
 
 
@@ -975,7 +1065,7 @@ class GradCamAnywhere(unittest.TestCase):
                 (LAYERS, images, torch.tensor([99] * 3)),  # no such class
                 (LAYERS, torch.zeros(2, 5, 64, 64)),  # five channels
                 (["layer1", "fc"], images)):  # fc has no feature maps
-            with self.assertRaises((RuntimeError, ValueError)):
+            with self.assertRaises((RuntimeError, ValueError, IndexError)):
                 gradcam.GradCAM(network, layers)(*arguments)
             self.assertEqual(trace(), before)
 
@@ -990,6 +1080,31 @@ class GradCamAnywhere(unittest.TestCase):
         network.spare = torch.nn.Conv2d(3, 3, 1)
         with self.assertRaisesRegex(ValueError, "does not use.*'spare'"):
             gradcam.GradCAM(network, ["spare"])(self.images)
+
+    def test_networks_of_others(self):
+        class Odd(torch.nn.Module):
+            """Begins inplace; has a layer under no_grad, and one behind a detach(); may end with a dict."""
+            def __init__(self, as_dict):
+                super().__init__()
+                self.frozen, self.seen, self.unseen = (torch.nn.Conv2d(3, 3, 1) for _ in range(3))
+                self.as_dict = as_dict
+
+            def forward(self, x):
+                x.sub_(0.5)
+                with torch.no_grad():
+                    self.frozen(x)
+                logits = (self.seen(x) + self.unseen(x).detach()).mean((2, 3))
+                return {"logits": logits} if self.as_dict else logits
+
+        maps = gradcam.GradCAM(Odd(False), ["seen", "unseen"])(self.images, torch.zeros(3, dtype=torch.long))
+        self.assertEqual(maps["unseen"].abs().max(), 0)
+        self.assertEqual(maps["seen"].shape, (3, 48, 48))
+        with self.assertRaisesRegex(ValueError, "'frozen'.*no_grad"):
+            gradcam.GradCAM(Odd(False), ["frozen"])(self.images)
+        with self.assertRaisesRegex(ValueError, "no logits"):
+            gradcam.GradCAM(Odd(True), ["seen"])(self.images)
+        with self.assertRaises(IndexError):  # two classes for three images
+            gradcam.GradCAM(resnet(), ["layer4"])(self.images, torch.tensor([1, 2]))
 
 
 class GradCamMeasures(unittest.TestCase):
@@ -1062,7 +1177,7 @@ class GradCamCommand(unittest.TestCase):
     def command(self, *arguments):
         """Runs gradcam.py in this process -> (exit code, stdout, stderr)."""
         with mock.patch.object(data, "load", lambda *_: self.dataset):
-            return call(gradcam, *arguments)
+            return call(gradcam, "--device", "cpu", *arguments)
 
     def test_the_grid_has_a_row_per_layer_and_a_column_per_image(self):
         with mock.patch.object(gradcam, "draw", wraps=gradcam.draw) as draw:
@@ -1078,6 +1193,15 @@ class GradCamCommand(unittest.TestCase):
         for name in ("gradcam.png", "gradcam-actual.png"):
             with Image.open(self.folder / name) as picture:
                 self.assertEqual(picture.format, "PNG")
+
+    def test_the_evaluation_is_of_the_validation_images(self):
+        self.assertIn("on 30 validation images", self.command(self.folder, "--evaluate")[1])
+
+    def test_maps_are_zero_in_the_margin_that_the_network_is_not_shown(self):
+        images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+        for heat in gradcam.maps_of(gradcam.GradCAM(resnet(), LAYERS[:3]), images, None, 64, 0.35).values():
+            self.assertEqual(heat[:, 6:58, 6:58].amax((1, 2)).tolist(), [1, 1, 1])
+            self.assertTrue(torch.equal(heat, F.pad(heat[:, 6:58, 6:58], [6] * 4)))
 
     def test_titles_do_not_overlap(self):
         """Long names are wrapped: measured on the drawn picture, no title reaches into another or out of the figure."""
@@ -1214,6 +1338,13 @@ class Anchors(unittest.TestCase):
             self.assertLess(iou(boxes, moved).max(axis=1).mean(), score + 2e-5)
         self.assertTrue((np.diff(anchors.prod(axis=1)) >= 0).all())
 
+    def test_frequent_boxes_count_more_and_rare_ones_are_found(self):
+        boxes = np.repeat([[10, 10], [40, 40], [42, 42]], [90, 5, 5], axis=0)
+        self.assertAlmostEqual(kmeans(boxes, 1)[0][0, 0], 10, delta=0.1)
+        rng = np.random.default_rng(0)
+        shapes = np.repeat(np.exp(rng.uniform(1, 7, (12, 2))), [400] * 6 + [20] * 6, axis=0)
+        self.assertGreater(kmeans(shapes * np.exp(rng.normal(0, 0.01, shapes.shape)), 12)[1], 0.98)  # 12 clusters
+
     def test_extreme_boxes_end_in_finite_anchors(self):
         rng = np.random.default_rng(0)
         with warnings.catch_warnings():
@@ -1299,6 +1430,35 @@ class Analysis(InFolder):
             best = coco_analysis.try_readings(np.stack(numbers, 1) / scale, size)[1]
             # As fractions, x1 y1 x2 y2 and y1 x1 y2 x2 are a true tie.
             self.assertEqual(best, reading.replace("yxyx", "xyxy") + "-fraction")
+        for reading in ("xywh", "xyxy"):  # without the images' sizes
+            self.assertEqual(coco_analysis.try_readings(np.stack(written[reading], 1), size * np.nan)[1], reading)
+
+    def test_boxes_are_resized_as_the_images_are(self):
+        wh, size = np.array([[320.0, 120.0]]), np.array([[640.0, 480.0]])
+        for how, wanted in (("stretch", [[208, 104]]), ("letterbox", [[208, 78]])):
+            self.assertEqual(coco_analysis.at_input(wh, size, 416, how, False)[0].tolist(), wanted)
+        found, unit = coco_analysis.at_input(wh / size, size * np.nan, 416, "letterbox", True)
+        self.assertEqual((found.tolist(), unit), ([[208, 104]], "pixels at 416 x 416, stretch"))
+
+    def test_a_list_of_detections_gets_cocos_names(self):
+        whole = made_coco(boxes=40)
+        detections = [{key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5}
+                      for a in whole["annotations"]]
+        with mock.patch.object(coco_analysis, "WINDOW", 50):
+            found = coco_analysis.Data(self.write(detections))
+        np.testing.assert_array_equal(found.bbox, [a["bbox"] for a in whole["annotations"]])
+        self.assertEqual([found.class_names[c] for c in found.class_row],
+                         [("person", "bicycle", "car")[a["category_id"] - 1] for a in whole["annotations"]])
+
+    def test_null_and_numbers_in_quotes_are_read(self):
+        whole = made_coco()
+        wanted = [a["bbox"] for a in whole["annotations"]]
+        whole["images"][3]["width"] = None
+        for annotation in whole["annotations"]:
+            annotation |= {"iscrowd": None, "bbox": list(map(str, annotation["bbox"]))}
+        found = coco_analysis.Data(self.write(whole))
+        np.testing.assert_array_equal(found.bbox, wanted)
+        self.assertEqual((found.crowd.any(), np.isnan(found.size[:, 0]).sum()), (False, 1))
 
     def test_the_report_counts_what_is_there(self):
         whole = made_coco()
@@ -1323,6 +1483,9 @@ class Analysis(InFolder):
         self.assertTrue(rows["7"]["name"].startswith("'="))
         anchors = json.loads(Path("out/anchors.json").read_text())["anchors"]
         self.assertEqual([len(anchors[k]["width_height"]) for k in "3456"], [3, 4, 5, 6])
+        wh = np.array([a["bbox"][2:] for a in whole["annotations"][1:200]]) * 416 / [640, 480]
+        score = iou(wh, np.array(anchors["5"]["width_height"])).max(axis=1).mean()
+        self.assertAlmostEqual(score, anchors["5"]["mean_iou"], places=4)
 
     def test_the_assignments_text_file_is_understood(self):
         rng = random.Random(0)
@@ -1361,7 +1524,6 @@ class Analysis(InFolder):
         for content, message in bad.items():
             with self.subTest(content[:50]):
                 self.assertRefused(self.analyse(self.write(content)), message)
-        self.assertRefused(self.analyse(self.folder), self.folder)
         Path("out").write_text("mine")
         self.assertRefused(self.analyse(self.write(good)), self.folder / "out")
         self.assertEqual(sorted(os.listdir()), ["file.json", "out"])

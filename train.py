@@ -37,14 +37,15 @@ import gradcam
 import model
 from model import UsageError
 
-# What differs between the data sets. Resolutions: the epochs are shared out evenly among them; small images first are
-# several times as fast, and cost no accuracy in the end (Howard 2018, "Training Imagenet in 3 hours for USD 25; and
-# CIFAR10 for USD 0.26", fast.ai). What a default gained in short runs, in points (ten classes, 30 epochs of 32 pixels,
-# two seeds; the table is in README.md, and less than two points may be chance): crops +5.7; growing images +0.5; CutMix
-# +0.4, and it halves overfitting; label smoothing +0.5; weight decay -0.1; the peak learning rate instead of half of it
-# +1.2, instead of twice -0.1; stem stride 2 instead of 4 0.0. Batches of 256 were 1.8 worse than of 128, for want of
-# steps: 450, of which 50 epochs of all classes have 15,000. The shapes have half the peak learning rate: with 0.1 they
-# ended anywhere between 93 and 98 %, with 0.05 above 99 %.
+# What differs between the data sets. The epochs are shared out evenly among the resolutions: small images train several
+# times as fast, and cost no accuracy in the end (Howard 2018, "Training Imagenet in 3 hours for USD 25; and CIFAR10 for
+# USD 0.26", fast.ai). How many points of accuracy a default gained in short runs (ten classes, 30 epochs of 32 pixels,
+# two seeds; the table is in README.md; less than two points may be chance):
+#   crops +5.7; growing images +0.5; CutMix +0.4, and it halves overfitting; label smoothing +0.5; weight decay -0.1;
+#   a peak learning rate of 0.1 instead of 0.05 +1.2, instead of 0.2 -0.1; stem stride 2 instead of 4 0.0.
+# Batches of 256 were 1.8 worse there than batches of 128, as they left only 480 steps; 50 epochs of all classes have
+# 15,050. The shapes have half the peak learning rate: with 0.1 they ended anywhere between 93 and 98 %, with 0.05 above
+# 99 %.
 RECIPES = {
     "tiny-imagenet": {"epochs": 50, "resolutions": [32, 48, 64], "stem_stride": 2, "batch_size": 256, "max_lr": 0.1,
                       "min_crop": 0.35, "cutmix": 0.5},
@@ -84,9 +85,9 @@ def one_cycle(step, total_steps, max_lr, pct_start=0.3, div_factor=25.0, final_d
 def smoothed_nll_loss(log_probabilities, labels, others, share, smoothing):
     """NLLLoss with label smoothing for images of which a part may come from another image; the batch's mean.
 
-    log_probabilities (N, classes); labels (N,) have share (N,) of the target, and others (N,) the rest: see
-    data.cut_mix. Of it all, smoothing is spread evenly over the classes, so that the network gains nothing from being
-    ever more certain (Szegedy et al. 2015, arXiv:1512.00567).
+    log_probabilities (N, classes). The target of an image is share (N,) of its own label, labels (N,), and the rest of
+    the other image's, others (N,): see data.cut_mix. Of this target the part smoothing is spread evenly over all
+    classes, so that the network is not rewarded for becoming ever more certain (Szegedy et al. 2015, arXiv:1512.00567).
     """
     loss = share * F.nll_loss(log_probabilities, labels, reduction="none") \
         + (1 - share) * F.nll_loss(log_probabilities, others, reduction="none")
@@ -96,8 +97,9 @@ def smoothed_nll_loss(log_probabilities, labels, others, share, smoothing):
 def make_optimizer(network, weight_decay):
     """SGD with Nesterov momentum; the learning rate and the momentum are set before each step.
 
-    Weight decay is for the weights that multiply. A BatchNorm's scale and shift and the biases have one dimension;
-    pulling them to zero costs accuracy and prevents no overfitting (He et al. 2018, arXiv:1812.01187).
+    Weight decay is for the weights of convolutions and of the linear layer. BatchNorm's scales and shifts and the
+    biases, which have one dimension, get none: shrinking them is not known to reduce overfitting (He et al. 2018,
+    arXiv:1812.01187, "no bias decay").
     """
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim <= 1]
@@ -114,7 +116,10 @@ def choose_dtype(precision, device):
     """The type in which convolutions compute: what was asked for, else the lowest that the device computes natively.
 
     bf16 is emulated, slowly, by CPUs without instructions for it and by GPUs before Ampere; a T4, say, has fp16.
+    Raises UsageError for fp16 on MPS, where most releases of PyTorch forget to undo GradScaler's scale.
     """
+    if precision == "fp16" and device.type == "mps":
+        raise UsageError("--precision fp16: not on MPS: take bf16 or fp32")
     if precision == "auto":
         precision = "fp32"
         if device.type == "cuda":
@@ -403,6 +408,8 @@ def find_lr(learner, batches, args, path, steps=100):
     """The learning-rate range test (Smith 2015, arXiv:1506.01186): the rate grows from step to step, and the loss tells
     from which rate on the network learns, and from which on it breaks. Draws the loss into path, suggests a --max-lr.
     """
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--out {path}: with --find-lr this is the picture's file, in a folder that is there")
     learner.network.train()
     rates, losses, lowest = [], [], math.inf
     for step, batch in zip(range(steps), endless(batches, args.resolutions[0])):
@@ -434,8 +441,8 @@ def find_lr(learner, batches, args, path, steps=100):
     axis.legend()
     data.save_figure(figure, path)
     fall = 1 - min(losses) / losses[0]
-    print(f"The loss is lowest at {best:.2g}: a --max-lr of once to twice that is good, as OneCycle comes there\n"
-          "slowly and soon leaves it again")
+    print(f"The loss is lowest at {best:.2g}: try a --max-lr between that and five times that. A network that has\n"
+          "learned for a while bears more than its first steps show, and OneCycle takes its time to the peak")
     if fall < 0.03:  # a data set with hard beginnings, as the shapes: the curve is mostly noise
         print(f"But it has fallen by {fall:.1%} only: trust it no more than the picture")
     print(f"wrote {path}")
@@ -458,7 +465,7 @@ def make_parser():
         "stride of 4 or 2")
     add("--stem-stride", type=int, choices=(4, 2, 1),
         help="of ResNet18: 2 keeps four times the positions of the original's 4, which was made for images of 224 "
-             "pixels; 4 is about three times as fast, the choice for a CPU; 1 is four times slower (shapes: 4)")
+             "pixels; 4 is three to four times as fast, the choice for a CPU; 1 is four times slower (shapes: 4)")
     add("--resolutions", type=int, nargs="+", metavar="PIXELS",
         help="image sides, sharing the epochs evenly: 32 48 64, because small images train several times as fast, and "
              "the last ones decide (shapes: 48 64)")
@@ -480,7 +487,8 @@ def make_parser():
     add("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
     add("--out", help="the run's folder: a new one, runs/DATASET-MODEL, so that no run overwrites another; with "
         "--find-lr the picture's file")
-    add("--resume", metavar="DIR", help="go on after the last finished epoch of the run in this folder, with its flags")
+    add("--resume", metavar="DIR", help="go on after the last finished epoch of the run in this folder, with its flags "
+        "except --device")
     add("--compile", action="store_true", help="let torch.compile fuse operations, after a minute of compiling: it "
         "needs a C++ compiler (a GPU: Triton), on two CPU cores it gained nothing, on a GPU it is worth a try")
     add("--find-lr", action="store_true", help="instead of training, draw the loss against a growing learning rate")
@@ -599,9 +607,12 @@ def start_or_resume(args, checkpoint, classes, device, dtype):
         return learner, []
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, state in optimizer.state.items():
+            # Fused SGD needs both in one order in memory, and on MPS a run has another than elsewhere (model.place).
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
         if checkpoint["scaler"]:  # empty without fp16
             scaler.load_state_dict(checkpoint["scaler"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{source}: its optimizer does not fit its network ({error}): start a new run") from error
     return learner, checkpoint["history"]
 
@@ -632,7 +643,12 @@ def run(args, checkpoint):
     if args.find_lr:
         return find_lr(learner, batches, args, Path(args.out or "find-lr.png"))
 
+    if device.type != "cpu":
+        rehearse(learner, batches, args)
     folder = open_folder(args) if rank == 0 else None  # only the first process writes
+    again = f"python train.py --resume {shlex.quote(str(folder))}"
+    if args.device != "auto":
+        again += f" --device {args.device}"
     say(f"what comes of it is in {folder}")
     try:
         fit(learner, batches, val_batches, history, args, folder, dataset.class_names)
@@ -641,10 +657,21 @@ def run(args, checkpoint):
         if rank == 0:
             finish(learner, dataset, train, val, history, args, folder, hardware)
     except KeyboardInterrupt:
-        say(f"\nstopped; to go on: python train.py --resume {folder}", file=sys.stderr)
+        say(f"\nstopped; to go on: {again}", file=sys.stderr)
         raise
     except data.DataError as error:  # the disk is full, say; what is in the folder is still whole
-        raise data.DataError(f"{error}; then python train.py --resume {folder}") from error
+        raise data.DataError(f"{error}; then {again}") from error
+
+
+def rehearse(learner, batches, args):
+    """One batch of the largest images, there and back: if memory is short, that shows now and not in a late epoch.
+
+    Leaves no trace: in eval mode BatchNorm does not update its averages, and the gradients are thrown away.
+    """
+    learner.network.eval()
+    images, labels, *_ = next(batches.epoch(1, max(args.resolutions)))
+    F.nll_loss(forward(learner.network, images, learner.dtype), labels).backward()
+    learner.optimizer.zero_grad()
 
 
 def fit(learner, batches, val_batches, history, args, folder, class_names):
@@ -700,7 +727,8 @@ def finish(learner, dataset, train, val, history, args, folder, hardware):
 
     _, _, predicted, confidence = look(val)
     _, mirrored, *_ = look(val, mirror=True)
-    _, plain, *_ = look(train[::10])  # without augmentation: what has been learned by heart
+    # Without augmentation: what has been learned by heart. Not every tenth: the shapes' labels repeat every ten images.
+    _, plain, *_ = look(train[::11])
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
     cam = gradcam.GradCAM(network)
@@ -714,7 +742,7 @@ def finish(learner, dataset, train, val, history, args, folder, hardware):
               tabulate_classes(dataset.class_names, dataset.labels[val], predicted),
               "## Misclassified validation images", "![Misclassified images](misclassified.png)",
               "## Grad-CAM: does the network look at the object?", maps,
-              f"The whole validation set: `python gradcam.py {folder} --evaluate`.",
+              f"The whole validation set: `python gradcam.py {shlex.quote(str(folder))} --evaluate`.",
               "![What spoke for the wrong class](gradcam.png)"]
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(report) + "\n", encoding="utf-8")
@@ -734,8 +762,10 @@ def main():
     except (UsageError, data.DataError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("train.py: the GPU's memory is full: start anew with a smaller --batch-size, or --stem-stride 4",
+    except RuntimeError as error:  # a GPU's is a torch.OutOfMemoryError, the CPU's has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print("train.py: the memory is full: start anew with a smaller --batch-size, or --stem-stride 4",
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
