@@ -88,7 +88,7 @@ class GradCAM:
                 classes = logits.argmax(1) if classes is None else classes.clone()
                 # The sum is no mixture: no image's features reach the score of another. autograd.grad, unlike
                 # backward(), touches no .grad, and it computes no gradients of weights, a third of the work.
-                scores = logits[torch.arange(len(logits)), classes]
+                scores = logits[torch.arange(len(logits), device=logits.device), classes]
                 gradients = torch.autograd.grad(scores.sum(), [features[name] for name in self.layers],
                                                 materialize_grads=True)  # 0 where the score does not depend on a layer
             self.logits = logits.detach()

@@ -725,16 +725,18 @@ def finish(learner, dataset, train, val, history, args, folder, hardware):
         batches = data.Batches(dataset, indices, args.batch_size, device, False, args.min_crop)
         return evaluate(network, batches, resolution, learner.dtype, progress, mirror)
 
+    def sample(indices, count):
+        """At random, but always the same; all may take minutes."""
+        return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:count]]
+
     _, _, predicted, confidence = look(val)
     _, mirrored, *_ = look(val, mirror=True)
-    # Without augmentation: what has been learned by heart. Not every tenth: the shapes' labels repeat every ten images.
-    _, plain, *_ = look(train[::11])
+    _, plain, *_ = look(sample(train, 10_000))  # without augmentation: what has been learned by heart
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
     cam = gradcam.GradCAM(network)
     gradcam.draw_misclassified(cam, dataset, val, resolution, args.min_crop, folder / "gradcam.png")
-    some = val[torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:1000]]  # all may take minutes
-    maps = gradcam.evaluate(cam, dataset, some, resolution, args.min_crop)
+    maps = gradcam.evaluate(cam, dataset, sample(val, 1000), resolution, args.min_crop)
     report = [f"# {args.model} on {dataset.name}",
               summarise_result(history, plain, mirrored),
               tabulate_settings(args, hardware, network, dataset, val),
