@@ -53,7 +53,8 @@ KINDS = {"{": "COCO instances JSON", "[": "a list of detections"}      # by the 
 TABLES = ("images", "categories", "annotations")
 POLYGONS = re.compile(r'("segmentation":\s*\[)(?:\s*\[[-+.eE0-9,\s]*\],?)+\s*\]')
 
-# What four numbers may mean, in the order of their use in the wild: where two fit equally well, the first is taken.
+# What four numbers may mean, in the order of their use in the wild: where two fit equally well, the first is taken (but
+# see try_readings for images of unknown size).
 READINGS = {
     "xywh": ("[x, y, width, height]", lambda a, b, c, d: (a, b, c, d)),
     "yxwh": ("[y, x, width, height]", lambda a, b, c, d: (b, a, c, d)),
@@ -377,7 +378,7 @@ def try_readings(bbox, size):
     best = max(shares.values())
     alike = [reading for reading in shares if shares[reading] > best - MARGIN]
     corners = [reading for reading in alike if reading.startswith("xyxy")]
-    return shares, (corners if corners and len(bbox) >= 20 and not known.any() else alike)[0]
+    return shares, (corners if corners and best > POOR and len(bbox) >= 20 and not known.any() else alike)[0]
 
 
 def explain_reading(shares, reading, asked, sized):
@@ -390,7 +391,7 @@ def explain_reading(shares, reading, asked, sized):
     if not sized:
         why += " No box is in an image of known size: only the order and the signs of the numbers could be tested."
     if alike and not asked and shares[reading]:
-        why += f" A tie: as many do under {', '.join(alike)}; the likeliest reading was taken."
+        why += f" A tie: about as many do under {', '.join(alike)}; the likeliest reading was taken."
     if shares[reading] < POOR:
         why += " A poor fit: look into it before you trust what follows."
     return why
@@ -541,11 +542,12 @@ def draw_boxes(data, box, size, fraction, path):
         many.set_xticks(range(-4, 5, 2), ["1:16", "1:4", "1:1", "4:1", "16:1"])
         many.set(title="shape (no image has two boxes)", xlabel="width : height", ylabel="boxes")
 
-    areas = box[:, 2:].clip(1e-3).prod(axis=1)
-    low, high = (areas.min() / 2, 1) if fraction and not known else (min(areas.min(), 100), max(areas.max(), 1e5))
+    fraction = fraction and not known
+    areas = box[:, 2:].clip(TINY if fraction else 1e-3).prod(axis=1)
+    low, high = (areas.min() / 2, max(areas.max(), 1)) if fraction else (min(areas.min(), 100), max(areas.max(), 1e5))
     area.hist(areas, bins=np.geomspace(low, high * 1.01, 60), color=BLUE)
     area.set(xscale="log", ylabel="boxes")
-    if fraction and not known:
+    if fraction:
         area.set(title="area", xlabel="area, fraction of the image")
     else:
         for edge in SMALL, LARGE:

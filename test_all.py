@@ -62,8 +62,9 @@ def call(module, *arguments):
             module.main()
         except SystemExit as error:
             code = error.code
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -744,7 +745,7 @@ class Training(InFolder):
         batches = data.Batches(dataset, torch.arange(20), 10, "cpu", True)
         network = model.create("resnet18", 10, stem_stride=4).train()
         before, seen = copy.deepcopy(network.state_dict()), []
-        network.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+        network.conv1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
         learner = train.Learner(network, train.make_optimizer(network, 0), None, torch.float32)
         train.rehearse(learner, batches, mock.Mock(resolutions=[48, 22]))
         self.assertEqual(seen, [(10, 3, 48, 48)])
@@ -870,6 +871,13 @@ class Training(InFolder):
             torch.save({**checkpoint, **change}, "other/last.pt")
             self.assertRefused(call(train, "--resume", "other", "--device", "cpu"), "other/last.pt")
         self.assertEqual(before, {path: path.read_bytes() for path in Path("good").iterdir()})
+
+    def test_full_memory_is_said_in_one_line(self):
+        for words in ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory"):
+            with mock.patch.object(train, "run", side_effect=RuntimeError(words)):
+                self.assertRefused(call(train, *FLAGS), "memory is full", "--batch-size")
+        with mock.patch.object(train, "run", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):
+            call(train, *FLAGS)
 
     def test_the_benchmark_measures_each_resolution_also_where_an_epoch_is_one_batch(self):
         code, out, err = call(train, "--benchmark", *FLAGS, "--resolutions", 22, 24, "--batch-size", 40)
@@ -1432,11 +1440,15 @@ class Analysis(InFolder):
             self.assertEqual(best, reading.replace("yxyx", "xyxy") + "-fraction")
         for reading in ("xywh", "xyxy"):  # without the images' sizes
             self.assertEqual(coco_analysis.try_readings(np.stack(written[reading], 1), size * np.nan)[1], reading)
+        self.assertEqual(coco_analysis.try_readings(np.zeros((30, 4)), size[:30] * np.nan)[1], "xywh")  # none fits
 
     def test_boxes_are_resized_as_the_images_are(self):
         wh, size = np.array([[320.0, 120.0]]), np.array([[640.0, 480.0]])
         for how, wanted in (("stretch", [[208, 104]]), ("letterbox", [[208, 78]])):
             self.assertEqual(coco_analysis.at_input(wh, size, 416, how, False)[0].tolist(), wanted)
+        numbers = [{"image_id": 1, "category_id": 1, "bbox": [5, 5, 10 + i, 20]} for i in range(9)]
+        code, out, err = self.analyse(self.write(numbers), "--bbox-format", "xywh-fraction", "--k", 2)
+        self.assertEqual((code, err), (0, ""))  # fractions far above 1: nonsense, but no traceback
         found, unit = coco_analysis.at_input(wh / size, size * np.nan, 416, "letterbox", True)
         self.assertEqual((found.tolist(), unit), ([[208, 104]], "pixels at 416 x 416, stretch"))
 

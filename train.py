@@ -670,7 +670,8 @@ def rehearse(learner, batches, args):
     """
     learner.network.eval()
     images, labels, *_ = next(batches.epoch(1, max(args.resolutions)))
-    F.nll_loss(forward(learner.network, images, learner.dtype), labels).backward()
+    # .forward: to call the network would compile it (--compile), for a mode and a size that come to nothing.
+    F.nll_loss(forward(learner.network.forward, images, learner.dtype), labels).backward()
     learner.optimizer.zero_grad()
 
 
@@ -745,8 +746,8 @@ def finish(learner, dataset, train, val, history, args, folder, hardware):
               "## Misclassified validation images", "![Misclassified images](misclassified.png)",
               "## Grad-CAM: does the network look at the object?", maps,
               f"The whole validation set: `python gradcam.py {shlex.quote(str(folder))} --evaluate`.",
-              "What was evidence for the predicted class: red most, dark blue none, each map scaled by itself; the white "
-              "frame is the object's box.", "![What spoke for the wrong class](gradcam.png)"]
+              "What was evidence for the predicted class: red most, dark blue none, each map scaled by itself; the frame "
+              "is the object's box.", "![What spoke for the wrong class](gradcam.png)"]
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(report) + "\n", encoding="utf-8")
     print(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
@@ -765,8 +766,8 @@ def main():
     except (UsageError, data.DataError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:  # a GPU's is a torch.OutOfMemoryError, the CPU's has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:  # only CUDA has a class of its own for full memory
+        if "out of memory" not in str(error) and "DefaultCPUAllocator" not in str(error):
             raise
         print("train.py: the memory is full: start anew with a smaller --batch-size, or --stem-stride 4",
               file=sys.stderr)
