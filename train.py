@@ -746,8 +746,8 @@ def finish(learner, dataset, train, val, history, args, folder, hardware):
               "## Misclassified validation images", "![Misclassified images](misclassified.png)",
               "## Grad-CAM: does the network look at the object?", maps,
               f"The whole validation set: `python gradcam.py {shlex.quote(str(folder))} --evaluate`.",
-              "What was evidence for the predicted class: red most, dark blue none, each map scaled by itself; the frame "
-              "is the object's box.", "![What spoke for the wrong class](gradcam.png)"]
+              "What was evidence for the predicted class: red most, dark blue none, each map scaled by itself. The "
+              "frame is the object's box.", "![What spoke for the wrong class](gradcam.png)"]
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(report) + "\n", encoding="utf-8")
     print(f"{history[-1]['val_accuracy']:.2%} validation accuracy; the report is {folder / 'report.md'}")
