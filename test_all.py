@@ -808,6 +808,7 @@ class Training(InFolder):
 
     def test_ctrl_c_says_how_to_go_on(self):
         """To the same weights, also where another device has left the momentum in another order in memory."""
+        self.enterContext(mock.patch.object(train, "finish"))
         self.assertEqual(call(train, "--epochs", 2, "--out", "whole", *FLAGS)[0], 0)
         train_epoch = train.train_epoch
 
