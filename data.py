@@ -87,6 +87,11 @@ def split(dataset, kind="70-30", seed=0):
     return torch.cat(train), torch.cat(val)
 
 
+def shuffled(indices):
+    """The indices (N,) in a random order that is always the same: what is drawn of it stays comparable."""
+    return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tiny ImageNet: download, check, decode, cache
 

@@ -253,7 +253,7 @@ def draw_misclassified(cam, dataset, indices, resolution, min_crop, path, target
     The same ones for either target. Where all are right, draws right ones, and the heading says so.
     """
     device = next(cam.network.parameters()).device
-    order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+    order = data.shuffled(indices)
     wrong, seen = [], 0
     cam.network.eval()
     for images, labels, *_ in data.Batches(dataset, order, 128, device, False, min_crop).epoch(0, resolution):

@@ -818,15 +818,15 @@ class Training(InFolder):
             return train_epoch(learner, batches, args, epoch, progress)
 
         with mock.patch.object(train, "train_epoch", stop):
-            code, _, err = call(train, "--epochs", 2, "--out", "stopped", *FLAGS)
-        self.assertEqual((code, len(history("stopped"))), (130, 1))
-        self.assertIn("python train.py --resume stopped --device cpu", err)
-        checkpoint = torch.load("stopped/last.pt")
+            code, _, err = call(train, "--epochs", 2, "--out", "a run", *FLAGS)
+        self.assertEqual((code, len(history("a run"))), (130, 1))
+        self.assertIn("python train.py --resume 'a run' --device cpu", err)
+        checkpoint = torch.load("a run/last.pt")
         for state in checkpoint["optimizer"]["state"].values():
             state["momentum_buffer"] = state["momentum_buffer"].contiguous()
-        torch.save(checkpoint, "stopped/last.pt")
-        self.assertEqual(call(train, "--resume", "stopped", "--device", "cpu")[0], 0)
-        self.assertSameRun("whole", "stopped")
+        torch.save(checkpoint, "a run/last.pt")
+        self.assertEqual(call(train, "--resume", "a run", "--device", "cpu")[0], 0)
+        self.assertSameRun("whole", "a run")
 
     def test_two_processes_train_one_network(self):
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -281,7 +281,7 @@ def draw_curves(history, path):
 
 def draw_misclassified(dataset, indices, predicted, confidence, path, count=25):
     """A grid of wrongly classified images, drawn at random: what they are, what they were taken for, how surely."""
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))  # as gradcam.draw_misclassified
+    order = data.shuffled(torch.arange(len(indices)))  # the one of gradcam.draw_misclassified
     wrong = order[(predicted != dataset.labels[indices])[order]][:count]
     columns = 5
     rows = max(1, math.ceil(len(wrong) / columns))
@@ -726,18 +726,14 @@ def finish(learner, dataset, train, val, history, args, folder, hardware):
         batches = data.Batches(dataset, indices, args.batch_size, device, False, args.min_crop)
         return evaluate(network, batches, resolution, learner.dtype, progress, mirror)
 
-    def sample(indices, count):
-        """At random, but always the same; all may take minutes."""
-        return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:count]]
-
     _, _, predicted, confidence = look(val)
     _, mirrored, *_ = look(val, mirror=True)
-    _, plain, *_ = look(sample(train, 10_000))  # without augmentation: what has been learned by heart
+    _, plain, *_ = look(data.shuffled(train)[:10_000])  # without augmentation: what has been learned by heart
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val, predicted, confidence, folder / "misclassified.png")
     cam = gradcam.GradCAM(network)
     gradcam.draw_misclassified(cam, dataset, val, resolution, args.min_crop, folder / "gradcam.png")
-    maps = gradcam.evaluate(cam, dataset, sample(val, 1000), resolution, args.min_crop)
+    maps = gradcam.evaluate(cam, dataset, data.shuffled(val)[:1000], resolution, args.min_crop)
     report = [f"# {args.model} on {dataset.name}",
               summarise_result(history, plain, mirrored),
               tabulate_settings(args, hardware, network, dataset, val),
