@@ -139,7 +139,7 @@ class Reader:
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
-                if end < len(self.text) or not self.more():         # a number at the window's end may go on behind it
+                if end + 2 < len(self.text) or not self.more():     # else it may be a number cut behind "1" or "1e+"
                     self.at = end
                     return value
             except json.JSONDecodeError as error:                   # broken, or cut by the end of the window?
@@ -149,10 +149,10 @@ class Reader:
                 self.fail(str(error).split(";")[0], "nothing here is so deeply nested or has so many digits: mend it")
 
     def most_elements(self):
-        """Decodes all elements but the last in a new window at once, far faster than one by one; [] if that fails.
+        """Decodes a new window's elements up to its last "}," at once, far faster than one by one; [] if that fails.
 
-        If all the text up to a "}" decodes as a list, it is one: were that "}" inside a string or an object, brackets
-        or quotes would not match. Else the array ends in this window, or is broken: one by one the place is found.
+        It fails where this "}" is inside a string or an object, whose quotes or brackets are then left open, where the
+        array ends before it, and where the text is broken: then elements() goes on one by one.
         POLYGONS never match inside a string of valid JSON, where their quotes would be escaped.
         """
         end = self.text.rfind("},", self.at) + 1 if self.fresh else 0
@@ -176,18 +176,18 @@ class Reader:
         self.record = ""
 
     def members(self):
-        """Yields (key, its elements) for the keys TABLES of the object {"key": value, ...} that begins here."""
+        """Yields (key, its elements) for each list in the object {"key": value, ...} that begins here."""
         self.take("{")
         keys, mark = [], self.take("}") if self.peek() == "}" else ","
         while mark == ",":
             key = self.value()
             self.take(":")
-            if key not in TABLES:
-                self.value()
-            elif self.peek() != "[" or key in keys:
+            if self.peek() == "[" and key not in keys:
+                yield key, self.elements(key)               # also a list that nobody wants: it may not fit into memory
+            elif key in TABLES:
                 self.fail(f"{key!r} is no list, or not the only one", "COCO has one list of objects there")
             else:
-                yield key, self.elements(key)
+                self.value()
             keys.append(key)
             mark = self.take(",}")
 
@@ -205,7 +205,7 @@ class Reader:
                                "175]`: give a COCO file, a list of detections, or such lines") from None
 
     def tables(self):
-        """Yields (name out of TABLES, its records) for the whole file, of whichever kind it is."""
+        """Yields (name, its records) for each list in the file, of whichever kind it is."""
         first = self.peek()
         if first == "{":
             yield from self.members()
@@ -298,7 +298,8 @@ class Data:
                 self.boxes.lines = reader.numbers
                 for name, records in reader.tables():
                     while batch := list(islice(records, BATCH)):
-                        self.take_in(self.tables[name], batch)
+                        if name in self.tables:
+                            self.take_in(self.tables[name], batch)
             except UnicodeError as error:
                 raise BadInput(f"before byte {raw.tell():,}: {error.reason}: save it as UTF-8 text") from None
         if not self.boxes.count:
@@ -316,7 +317,7 @@ class Data:
             keep("listed", rows if self.is_text else table.codes(records, "id", self.images))
         if table.name == "categories":
             keep("named", table.codes(records, "id", self.classes))
-            self.names |= {record["id"]: str(record["name"]) for record in records if "name" in record}
+            self.names |= {record["id"]: str(record["name"]) for record in records if record.get("name") is not None}
         if table is self.boxes:
             keep("bbox", table.numbers(records, "bbox", (4,)))
             keep("crowd", table.numbers(records, "iscrowd", default=0) > 0)

@@ -91,10 +91,10 @@ def thin(points, weights, limit):
     """Merges weighted boxes until at most `limit` are left, but not much fewer: at least a quarter of it."""
     if len(points) <= limit:
         return points, weights
-    cell = 2.0 ** -6
+    cell = 2.0 ** -6  # 1 %
     found = merge(points, weights, cell)
-    while len(found[0]) < limit / 4:  # boxes that differ by less than 1 %
-        cell /= 2                     # splits a cell into four at most, hence the quarter
+    while len(found[0]) < limit / 4:  # where boxes differ by less. Half the side makes four cells of one at most, so
+        cell /= 2                     # that from below a quarter of the limit the number does not jump above the limit
         found = merge(points, weights, cell)
     while len(found[0]) > limit:
         cell *= 1.25

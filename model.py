@@ -8,6 +8,7 @@ prints for each layer its output shape, parameters, receptive field and multiply
 """
 import argparse
 import copy
+import math
 import zipfile
 from typing import NamedTuple
 
@@ -272,7 +273,7 @@ class Layer(NamedTuple):
     name: str
     shape: tuple  # of the output for one image
     parameters: int
-    receptive_field: int | None  # side in pixels, None for the whole image
+    receptive_field: float  # side in pixels, infinite where the whole image is seen
     multiply_adds: int  # for one image
 
 
@@ -292,37 +293,31 @@ class Layers(fx.Interpreter):
         tracer.is_leaf_module = lambda module, name: not list(module.children())  # what has no parts is one operation
         super().__init__(fx.GraphModule(network, tracer.trace(network)))
         self.rows = []   # of type Layer
-        self.spans = {}  # node -> (first, last, jump), or None where the whole image is seen
+        self.spans = {}  # node -> (first, last, jump)
 
     def run_node(self, node):
         output = super().run_node(node)
-        if node.op in ("placeholder", "get_attr"):  # the image, or a parameter
-            self.spans[node] = (0, 0, 1)
-            return output
-        spans = [self.spans[parent] for parent in node.all_input_nodes]
-        if None in spans:
-            span = None
-        else:
-            span = min(s[0] for s in spans), max(s[1] for s in spans), max(s[2] for s in spans)
+        spans = [self.spans[parent] for parent in node.all_input_nodes] or [(0, 0, 1)]  # nothing led to it: the image
+        firsts, lasts, jumps = zip(*spans)
+        first, last, jump = min(firsts), max(lasts), max(jumps)
         if node.op == "call_module":
             layer = self.fetch_attr(node.target)
             if isinstance(layer, (nn.AdaptiveAvgPool2d, nn.Linear)):
-                span = None
-            elif isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) and span is not None:
+                first, last = -math.inf, math.inf
+            elif isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
                 kernel, stride, padding, dilation = (
                     v[0] if isinstance(v, tuple) else v
                     for v in (layer.kernel_size, layer.stride, layer.padding, getattr(layer, "dilation", 1)))
-                first, last, jump = span
-                span = first - padding * jump, last + ((kernel - 1) * dilation - padding) * jump, jump * stride
+                first, last = first - padding * jump, last + ((kernel - 1) * dilation - padding) * jump
+                jump *= stride
             if not isinstance(layer, (nn.ReLU, nn.Dropout, nn.Identity)):
-                weight = getattr(layer, "weight", None)
                 multiply_adds = 0
-                if isinstance(layer, (nn.Conv2d, nn.Linear)):  # each weight is used once at each output position
-                    multiply_adds = weight.numel() * output[0].numel() // weight.shape[0]
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):  # each output value takes the weights of its channel
+                    multiply_adds = output[0].numel() * layer.weight[0].numel()
                 parameters = sum(p.numel() for p in layer.parameters())
-                field = span and span[1] - span[0] + 1
-                self.rows.append(Layer(node.target, tuple(output.shape[1:]), parameters, field, multiply_adds))
-        self.spans[node] = span
+                self.rows.append(Layer(node.target, tuple(output.shape[1:]), parameters, last - first + 1,
+                                       multiply_adds))
+        self.spans[node] = first, last, jump
         return output
 
 
@@ -336,7 +331,7 @@ def layers(network, image_size=64):
 
 def receptive_field(network):
     """Side in pixels of the square of the input that one position of the last feature map depends on."""
-    return max(row.receptive_field for row in layers(network) if row.receptive_field is not None)
+    return max(row.receptive_field for row in layers(network) if row.receptive_field < math.inf)
 
 
 def print_table(network, image_size):
@@ -344,8 +339,8 @@ def print_table(network, image_size):
     print(f"{'layer':24}{'output shape':>16}{'parameters':>14}{'receptive field':>18}{'multiply-adds':>16}")
     rows = layers(network, image_size)
     for name, shape, parameters, field, multiply_adds in rows:
-        print(f"{name:24}{' x '.join(map(str, shape)):>16}{parameters:14,}{field or 'whole image':>18}"
-              f"{multiply_adds:16,}")
+        field = field if field < math.inf else "whole image"
+        print(f"{name:24}{' x '.join(map(str, shape)):>16}{parameters:14,}{field:>18}{multiply_adds:16,}")
     print(f"\n{type(network).__name__}: {sum(p.numel() for p in network.parameters()):,} parameters, "
           f"{sum(row.multiply_adds for row in rows) / 1e6:,.0f} million multiply-adds per image, "
           f"receptive field {receptive_field(network)} before the global average pool\n")
