@@ -88,7 +88,7 @@ def split(dataset, kind="70-30", seed=0):
 
 
 def shuffled(indices):
-    """The indices (N,) in a random order that is always the same: what is drawn of it stays comparable."""
+    """The indices (N,) in a random order, the same in every call, so that pictures and figures can be compared."""
     return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
 
 
@@ -99,8 +99,12 @@ def shuffled(indices):
 def tiny_imagenet(data_dir):
     folder = find_or_download(data_dir)
     wnids, names, files = list_files(folder)
+    try:
+        stats = [os.stat(path) for path, *_ in files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}: extract the zip file again") from error
     # The cache is valid for exactly these files: their names, sizes and times of change.
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, *known) for file, *known in files]
+    state = [(os.path.basename(path), stat.st_size, stat.st_mtime_ns, *known) for (path, *known), stat in zip(files, stats)]
     fingerprint = hashlib.sha256(repr((wnids, names, state)).encode()).hexdigest()
     cache = data_dir / f"{FOLDER}.pt"
     try:
@@ -114,7 +118,7 @@ def tiny_imagenet(data_dir):
     except Exception:  # whatever is wrong with a cache, the cure is to make it again
         print(f"{cache}: cannot be read; decoding anew", file=sys.stderr)
 
-    images = torch.from_numpy(decode([file.path for file, *_ in files]))
+    images = torch.from_numpy(decode([path for path, *_ in files]))
     labels, boxes, official_val = (torch.tensor(column) for column in zip(*(row[1:] for row in files)))
     dataset = Dataset("tiny-imagenet", images, labels, boxes, official_val, wnids, names)
     for leftover in data_dir.glob(f".{cache.name}.*"):  # of a process that was killed while it wrote its 1.4 GB
@@ -165,9 +169,9 @@ def download(archive):
 
 
 def list_files(folder):
-    """Reads the folder's text files and lists its images, each with what is known of it; decodes nothing yet.
+    """Reads the folder's text files, which list its images, each with what is known of it; opens no image yet.
 
-    Returns wnids and names (label -> wnid, label -> name) and rows of (os.DirEntry, label, box, is it official val).
+    Returns wnids and names (label -> wnid, label -> name) and rows of (path, label, box, is it official val).
     Raises DataError that names the file and the line.
     """
     wnids = sorted(line[0] for line in read_table(folder / "wnids.txt", 1))
@@ -182,22 +186,19 @@ def list_files(folder):
 
     rows = []
     for wnid in wnids:
-        table = folder / "train" / wnid / f"{wnid}_boxes.txt"
-        boxes = {name: box(table, numbers) for name, *numbers in read_table(table, 5)}
-        files = scan(folder / "train" / wnid / "images")
-        rows += [(file, label_of[wnid], find(boxes, file, table), False) for file in files]
-    table = folder / "val" / "val_annotations.txt"
-    annotations = {name: (wnid, box(table, numbers)) for name, wnid, *numbers in read_table(table, 6)}
-    for file in scan(folder / "val" / "images"):
-        wnid, corners = find(annotations, file, table)
+        images, table = folder / "train" / wnid / "images", folder / "train" / wnid / f"{wnid}_boxes.txt"
+        rows += [(os.path.join(images, name), label_of[wnid], box(table, numbers), False)
+                 for name, *numbers in sorted(read_table(table, 5))]
+    images, table = folder / "val" / "images", folder / "val" / "val_annotations.txt"
+    for name, wnid, *numbers in sorted(read_table(table, 6)):
         if wnid not in label_of:
-            raise DataError(f"{table}: {file.name} is of class {wnid}, which is not in wnids.txt")
-        rows.append((file, label_of[wnid], corners, True))
+            raise DataError(f"{table}: {name} is of class {wnid}, which is not in wnids.txt")
+        rows.append((os.path.join(images, name), label_of[wnid], box(table, numbers), True))
 
     for part, is_val in (("train", False), ("val", True)):
         counts = np.bincount([row[1] for row in rows if row[3] == is_val], minlength=len(wnids))
         if not counts.any():
-            raise DataError(f"{folder / part}: holds no images: extract the zip file again")
+            raise DataError(f"{folder / part}: its text files name no images: extract the zip file again")
         usual = np.bincount(counts).argmax()
         for label in np.flatnonzero(counts != usual)[:1]:
             raise DataError(f"{folder / part}: class {wnids[label]} ({names[label]}) has {counts[label]} images, "
@@ -229,21 +230,6 @@ def box(path, numbers):
             return x0, y0, x1 + 1, y1 + 1
     shown = " ".join(numbers)[:60]
     raise DataError(f"{path}: a box of {shown!r}: must be left, top, right, bottom in 0 ... {SIZE - 1}")
-
-
-def find(table, file, path):
-    if file.name not in table:
-        raise DataError(f"{path}: no line for {file.name}: extract the zip file again")
-    return table[file.name]
-
-
-def scan(folder):
-    """The folder's JPEGs by name, without the hidden files that macOS strews about."""
-    try:
-        return sorted((file for file in os.scandir(folder)
-                       if file.name.endswith(".JPEG") and not file.name.startswith(".")), key=lambda file: file.name)
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}: extract the zip file again") from error
 
 
 def decode(paths):

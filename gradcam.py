@@ -183,7 +183,7 @@ def evaluate(cam, dataset, indices, resolution, min_crop, target="predicted", ba
         if progress.due():
             rate = (done + len(images)) / (time.monotonic() - start)
             progress.show(f"Grad-CAM of {done + len(images):,} of {len(indices):,} images, {rate:,.0f} images/s, "
-                          f"{(len(indices) - done) / rate:,.0f} s to go")
+                          f"{(len(indices) - done - len(images)) / rate:,.0f} s to go")
     return table({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(correct), target)
 
 
@@ -208,7 +208,7 @@ def table(scores, correct, target):
 def draw(images, maps, titles, heading, path, boxes=None):
     """Writes a PNG: a column per image; a row of images (N, 3, H, W) uint8 and one for each layer of maps (N, H, W)."""
     lines = max(text.count("\n") + 1 for text in titles)
-    cell, left, top = 1.5, 0.8, 0.4 + 0.15 * lines  # inches
+    cell, left, top = 1.5, 0.3 + 0.08 * max(map(len, maps)), 0.4 + 0.15 * lines  # inches
     width, height = left + cell * max(len(images), 4), top + cell * (1 + len(maps))
     figure = plt.figure(figsize=(width, height))
     figure.text(0.1 / width, 1 - 0.1 / height, heading, va="top", fontsize=11, parse_math=False)
@@ -337,18 +337,20 @@ def main():
         parser.error("--evaluate prints a table and writes no picture: leave out --out")
     try:
         run(args)
-    except torch.OutOfMemoryError:
-        print("gradcam.py: the GPU's memory is full: try --device cpu", file=sys.stderr)
-        sys.exit(2)
     except (data.DataError, UsageError, OSError) as error:
         print(f"gradcam.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not model.memory_is_full(error):
+            raise
+        print("gradcam.py: the memory is full: close other programs, or try --device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def run(args):
-    file = args.run if args.run.suffix == ".pt" else args.run / "last.pt"
+    file = args.run if args.run.is_file() else args.run / "last.pt"
     checkpoint = model.load_checkpoint(file)
     network = model.restore(checkpoint, file, model.choose_device(args.device))
     cam = GradCAM(network, args.layers.split(",") if args.layers else None)

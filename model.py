@@ -198,6 +198,11 @@ class UsageError(ValueError):
     """Something that the user can put right, in words for the user: the file, the place and the cure."""
 
 
+def memory_is_full(error):
+    """Is that what a RuntimeError says? Only CUDA has a class of its own for it."""
+    return "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
+
+
 def choose_device(name="auto", index=0):
     """The torch.device of that name; auto takes CUDA (the GPU with that index), else MPS, else the CPU.
 

@@ -230,7 +230,7 @@ def evaluate(network, batches, resolution, dtype, progress, mirror=False):
 
 def resolution_at(epoch, args):
     """The side in pixels of the training images in an epoch, 1 ... epochs; the last epoch has the last resolution."""
-    return args.resolutions[-1 - (args.epochs - epoch) * len(args.resolutions) // args.epochs]
+    return args.resolutions[math.ceil(epoch * len(args.resolutions) / args.epochs) - 1]
 
 
 def time_left(args, epoch, done, seconds):
@@ -240,7 +240,7 @@ def time_left(args, epoch, done, seconds):
 
 
 def clock(seconds):
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
+    return datetime.timedelta(seconds=int(seconds))  # printed as 6:48:05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def draw_curves(history, path):
 
 def draw_misclassified(dataset, indices, predicted, confidence, path, count=25):
     """A grid of wrongly classified images, drawn at random: what they are, what they were taken for, how surely."""
-    order = data.shuffled(torch.arange(len(indices)))  # the one of gradcam.draw_misclassified
+    order = data.shuffled(torch.arange(len(indices)))  # in the order of gradcam.draw_misclassified
     wrong = order[(predicted != dataset.labels[indices])[order]][:count]
     columns = 5
     rows = max(1, math.ceil(len(wrong) / columns))
@@ -646,7 +646,8 @@ def run(args, checkpoint):
     if device.type != "cpu":
         rehearse(learner, batches, args)
     folder = open_folder(args) if rank == 0 else None  # only the first process writes
-    again = f"python train.py --resume {shlex.quote(str(folder))}"
+    again = "python" if world_size == 1 else f"torchrun --nproc_per_node={world_size}"
+    again += f" train.py --resume {shlex.quote(str(folder))}"
     if args.device != "auto":
         again += f" --device {args.device}"
     say(f"what comes of it is in {folder}")
@@ -762,8 +763,8 @@ def main():
     except (UsageError, data.DataError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:  # only CUDA has a class of its own for full memory
-        if "out of memory" not in str(error) and "DefaultCPUAllocator" not in str(error):
+    except RuntimeError as error:
+        if not model.memory_is_full(error):
             raise
         print("train.py: the memory is full: start anew with a smaller --batch-size, or --stem-stride 4",
               file=sys.stderr)
