@@ -697,7 +697,7 @@ def write_anchors(path, found, unit):
 
 
 def run(args, out):
-    """Reads the file and writes its report: all of it beside `out` first, so that no half of one replaces another."""
+    """Reads the file and writes its report: all of it in a folder of `out` first, so that no half replaces another."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is no folder: name another")
     data, asked = Data(args.file), sorted(set(args.k))
@@ -720,8 +720,8 @@ def run(args, out):
                f"classes in {len(data.images):,} images")
     name = Path(args.file).name
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".analysis-", dir=out.parent) as folder:
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".analysis-", dir=out) as folder:
         folder = Path(folder)
         draw_classes(classes, folder / "class_distribution.png")
         draw_boxes(data, box, size, fraction, folder / "bbox_distribution.png")
@@ -731,7 +731,6 @@ def run(args, out):
         write_report(folder / "report.md", name, summary, why, data, reading, shares, quality, classes, found, unit)
         write_classes(folder / "class_distribution.csv", classes)
         write_anchors(folder / "anchors.json", found, unit)
-        out.mkdir(exist_ok=True)
         for file in list(folder.iterdir()):
             file.replace(out / file.name)
 
@@ -744,7 +743,7 @@ def run(args, out):
     print(f"anchors in {unit}; width,height:")
     for k, (anchors, score) in found.items():
         print(f"  k = {k}, mean IoU {score:.4f}: {yolo(anchors)}")
-    if len(found) < len(asked):
+    if max(asked) not in tried:
         print(f"  more anchors than {max(tried)} make no sense: no more boxes differ")
     print(f"report: {out / 'report.md'}")
 

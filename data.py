@@ -104,7 +104,8 @@ def tiny_imagenet(data_dir):
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}: extract the zip file again") from error
     # The cache is valid for exactly these files: their names, sizes and times of change.
-    state = [(os.path.basename(path), stat.st_size, stat.st_mtime_ns, *known) for (path, *known), stat in zip(files, stats)]
+    state = [(os.path.basename(path), stat.st_size, stat.st_mtime_ns, *known)
+             for (path, *known), stat in zip(files, stats)]
     fingerprint = hashlib.sha256(repr((wnids, names, state)).encode()).hexdigest()
     cache = data_dir / f"{FOLDER}.pt"
     try:

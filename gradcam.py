@@ -118,9 +118,9 @@ def stretch(maps):
 def catch(name, features):
     """A forward hook that keeps a layer's output in features[name].
 
-    Hooks on tensors, not module backward hooks: those hand out views that a later inplace ReLU may not overwrite
-    (https://github.com/pytorch/pytorch/issues/61519). For the same reason the network goes on with a clone: else that
-    ReLU would overwrite what we have caught.
+    No module backward hook for the gradient, as it hands out views that a later inplace ReLU may not overwrite
+    (https://github.com/pytorch/pytorch/issues/61519): autograd.grad asks for it at what is caught here. And the
+    network goes on with a clone: else that ReLU would overwrite what we have caught.
     """
     def hook(module, inputs, output):
         if not isinstance(output, torch.Tensor) or output.dim() != 4:
@@ -327,7 +327,8 @@ def main():
                         "it saw of the right answer")
     parser.add_argument("--data-dir", help="where the data set is; by default where the run had it")
     parser.add_argument("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
-    parser.add_argument("--out", type=Path, help="the picture's file; by default in the run's folder")
+    parser.add_argument("--out", type=Path, help="the picture's file; by default in the run's folder, named after the "
+                        "flags, so that the report keeps its own")
     args = parser.parse_intermixed_args()  # pictures may stand before and after flags
     if len(args.pictures) > 20:
         parser.error(f"{len(args.pictures)} pictures: at most 20 at once")
@@ -354,8 +355,9 @@ def run(args):
     checkpoint = model.load_checkpoint(file)
     network = model.restore(checkpoint, file, model.choose_device(args.device))
     cam = GradCAM(network, args.layers.split(",") if args.layers else None)
-    config = checkpoint["config"]
-    resolution, min_crop = config["resolutions"][-1], config["min_crop"]
+    config, history = checkpoint["config"], checkpoint["history"]
+    resolution = history[-1]["resolution"] if history else config["resolutions"][0]  # the one it was last trained at
+    min_crop = config["min_crop"]
     if args.pictures:
         out = args.out or file.parent / "pictures.png"
         draw_pictures(cam, args.pictures, checkpoint["classes"], resolution, min_crop, out)
@@ -369,7 +371,8 @@ def run(args):
     if args.evaluate:
         print(evaluate(cam, dataset, indices, resolution, min_crop, args.target))
     else:
-        out = args.out or file.parent / ("gradcam.png" if args.target == "predicted" else "gradcam-actual.png")
+        parts = ["gradcam", file.stem.removeprefix("last"), args.layers, args.target.removeprefix("predicted")]
+        out = args.out or file.parent / ("-".join(filter(None, parts)) + ".png")  # gradcam.png alone is the report's
         draw_misclassified(cam, dataset, indices, resolution, min_crop, out, args.target)
         print(f"wrote {out}")
 

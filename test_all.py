@@ -1163,7 +1163,8 @@ class GradCamCommand(InFolder):
         config = {"dataset": "shapes", "data_dir": "data", "split": "70-30", "model": "resnet18", "stem_stride": 4,
                   "resolutions": [16, 32], "min_crop": 1.0, "classes": None, "seed": 0}
         cls.checkpoint = {"format": model.FORMAT, "config": config, "classes": cls.dataset.class_names,
-                          "model": resnet().state_dict(), "epoch": 1, "history": [], "optimizer": {}, "scaler": {}}
+                          "model": resnet().state_dict(), "epoch": 1, "history": [{"resolution": 16}], "optimizer": {},
+                          "scaler": {}}
         rng = np.random.default_rng(0)
         cls.pixels = rng.integers(0, 255, (8, 8, 3), np.uint8).repeat(12, 0).repeat(12, 1)
 
@@ -1177,9 +1178,11 @@ class GradCamCommand(InFolder):
             return call(gradcam, "--device", "cpu", *arguments)
 
     def test_the_grid_has_a_row_per_layer_and_a_column_per_image(self):
+        (self.folder / "best.pt").write_bytes((self.folder / "last.pt").read_bytes())
+        other = self.folder / "best.pt", "--target", "actual", "--layers", "layer2,layer4.0.conv1"
         with mock.patch.object(gradcam, "draw", wraps=gradcam.draw) as draw:
             self.assertEqual(self.command(self.folder)[0], 0)
-            self.assertEqual(self.command(self.folder, "--target", "actual", "--layers", "layer2,layer4.0.conv1")[0], 0)
+            self.assertEqual(self.command(*other)[0], 0)
         (images, maps, titles, *_), (images_again, others, *_) = (call.args for call in draw.call_args_list)
         self.assertTrue(torch.equal(images, images_again))
         self.assertEqual([list(maps), list(others)], [LAYERS, ["layer2", "layer4.0.conv1"]])
@@ -1187,7 +1190,7 @@ class GradCamCommand(InFolder):
         for text in titles:
             predicted, actual = text.split("\n")
             self.assertNotEqual(predicted.removeprefix("predicted: "), actual.removeprefix("actual: "))
-        for name in ("gradcam.png", "gradcam-actual.png"):
+        for name in ("gradcam.png", "gradcam-best-layer2,layer4.0.conv1-actual.png"):
             with Image.open(self.folder / name) as picture:
                 self.assertEqual(picture.format, "PNG")
 
@@ -1256,8 +1259,8 @@ class GradCamCommand(InFolder):
         code, out, err = self.command(self.folder, "--layers", "layer3", self.folder / "own.png")
         self.assertEqual((code, err), (0, ""))
         square = gradcam.read_picture(self.folder / "own.png")[None]
-        with torch.no_grad():
-            best = model.restore(self.checkpoint, "").eval()(data.prepare(square, 32)).softmax(1)[0].topk(5)
+        with torch.no_grad():  # 16: the resolution of the last epoch, not the 32 that was to come
+            best = model.restore(self.checkpoint, "").eval()(data.prepare(square, 16)).softmax(1)[0].topk(5)
         names = [self.dataset.class_names[i] for i in best.indices]
         expected = [f"{100 * p:7.1f} %  {name}" for p, name in zip(best.values.tolist(), names)]
         self.assertEqual(out.splitlines()[1:6], expected)
@@ -1499,6 +1502,12 @@ class Analysis(InFolder):
         self.assertEqual((code, err), (0, ""))
         self.assertIn("bbox is [y, x, width, height]: 100.0%", out)
         self.assertIn("COCO's names are **assumed**", Path("out/report.md").read_text())
+
+    def test_fewer_anchors_than_asked_for_are_announced(self):
+        boxes = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 10 * (1 + i % 3), 10]} for i in range(9)]
+        for asked in ([5], [2, 5]):
+            code, out, err = self.analyse(self.write(boxes), "--k", *asked)
+            self.assertIn("more anchors than 3 make no sense", out)
 
     def test_a_thousand_classes_are_drawn(self):
         classes = [{"id": i, "name": f"class {i}"} for i in range(1000)]

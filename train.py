@@ -115,7 +115,8 @@ def make_optimizer(network, weight_decay):
 def choose_dtype(precision, device):
     """The type in which convolutions compute: what was asked for, else the lowest that the device computes natively.
 
-    bf16 is emulated, slowly, by CPUs without instructions for it and by GPUs before Ampere; a T4, say, has fp16.
+    bf16 is emulated, slowly, by CPUs without instructions for it and by GPUs before Ampere; a T4, say, has fp16. What
+    MPS, or a CPU that does not run Linux, computes natively is not asked: fp32.
     Raises UsageError for fp16 on MPS, where most releases of PyTorch forget to undo GradScaler's scale.
     """
     if precision == "fp16" and device.type == "mps":
@@ -481,8 +482,8 @@ def make_parser():
     add("--cutmix", type=float, help="share of the training images that get a patch of another one, and of its label: "
         "0.5 (shapes: 0)")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
-        help="auto takes the lowest that the device computes natively")
-    add("--seed", type=int, default=0, help="of the split, the weights and the augmentation: the same "
+        help="auto takes the lowest that the device computes natively (fp32 on MPS, and on CPUs that do not run Linux)")
+    add("--seed", type=int, default=0, help="of the split, the weights, the augmentation and the shapes: the same "
         "seed repeats a run, another one shows how much is chance")
     add("--device", default="auto", help="auto takes CUDA, else MPS, else the CPU")
     add("--out", help="the run's folder: a new one, runs/DATASET-MODEL, so that no run overwrites another; with "
@@ -743,7 +744,7 @@ def finish(learner, dataset, train, val, history, args, folder, hardware):
               "## Misclassified validation images", "![Misclassified images](misclassified.png)",
               "## Grad-CAM: does the network look at the object?", maps,
               f"The whole validation set: `python gradcam.py {shlex.quote(str(folder))} --evaluate`.",
-              "What was evidence for the predicted class: red most, dark blue none, each map scaled by itself. The "
+              "What was evidence for the predicted class: red most, dark blue least, each map scaled by itself. The "
               "frame is the object's box.", "![What spoke for the wrong class](gradcam.png)"]
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(report) + "\n", encoding="utf-8")
