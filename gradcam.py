@@ -214,7 +214,8 @@ def draw(images, maps, titles, heading, path, boxes=None):
     figure.text(0.1 / width, 1 - 0.1 / height, heading, va="top", fontsize=11, parse_math=False)
     for row, (name, heat) in enumerate({"input": None, **maps}.items()):
         y = 1 - (top + cell * (row + 1)) / height
-        figure.text(0.1 / width, y + cell / 2 / height, name, va="center", fontsize=9)
+        label = name if heat is None or heat.any() else f"{name}\n(flat)"  # of a layer with one position, say
+        figure.text(0.1 / width, y + cell / 2 / height, label, va="center", fontsize=9)
         for column, image in enumerate(images):
             axis = figure.add_axes(((left + cell * column) / width, y, cell * 0.95 / width, cell * 0.95 / height))
             axis.axis("off")

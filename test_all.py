@@ -1211,13 +1211,14 @@ class GradCamCommand(InFolder):
         import matplotlib.pyplot as plt
         title = gradcam.title("predicted: Walker hound, Walker foxhound, $\\frac antelope of the dunes",
                               "actual: " + "Donau" * 40)
-        maps = {"layer4.1.conv2": torch.rand(6, 64, 64)}
+        maps = {"layer4.1.conv2": torch.rand(6, 64, 64), "fc": torch.zeros(6, 64, 64)}
         with mock.patch.object(plt, "close"):
             gradcam.draw(self.dataset.images[:6], maps, [title] * 6, "heading", self.folder / "t.png")
         figure = plt.gcf()
         boxes = [axis.title.get_window_extent() for axis in figure.axes if axis.get_title()]
         boxes += [text.get_window_extent() for text in figure.texts]
-        self.assertEqual(len(boxes), 6 + 3)
+        self.assertEqual(len(boxes), 6 + 4)
+        self.assertIn("fc\n(flat)", [text.get_text() for text in figure.texts])
         boxes += [axis.get_window_extent() for axis in figure.axes]
         for i, one in enumerate(boxes):
             self.assertTrue(one.x0 >= 0 and one.x1 <= figure.bbox.x1 and one.y1 <= figure.bbox.y1, one)

@@ -308,7 +308,7 @@ def summarise_result(history, plain, mirrored):
     gap = plain - last["val_accuracy"]
     verdict = "The network overfits little: longer training or less augmentation may still gain."
     if gap > 0.1:
-        verdict = "The network overfits: more augmentation or weight decay, or fewer epochs, should help."
+        verdict = "The network overfits: more images or stronger augmentation should help."
     return f"""**{last["val_accuracy"]:.2%} validation accuracy** after {last["epoch"]} epochs ({time_taken} h). The
 best epoch, {best["epoch"]}, had {best["val_accuracy"]:.2%}; it was chosen on the validation images, so the final figure
 is the fair one. With the mean over each image and its mirror image: {mirrored:.2%}.
