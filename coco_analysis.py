@@ -259,7 +259,7 @@ def draw_boxes(data, box, size):
             ("root of width x height", np.sqrt(box[:, 2] * box[:, 3])),
             ("annotations of an image", np.unique(data.image, return_counts=True)[1]))):
         axes.hist(np.log2(values), 40, color=BLUE)
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         axes.xaxis.set_major_formatter(lambda power, _: f"{2 ** power:g}")
         axes.set(title=title, ylabel="count")
     return figure
@@ -271,9 +271,9 @@ def draw_sizes(wh, anchors, unit):
     some = np.random.default_rng(0).permutation(wh)[:20000]
     axes.scatter(*some.T, 6, BLUE, alpha=0.2, linewidth=0)
     axes.scatter(*anchors.T, 90, RED, marker="P", edgecolor="white")
-    axes.loglog(base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.loglog(base=2**0.5)
+    axes.xaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_major_formatter("{x:.3g}")
     axes.set(title=f"boxes and anchors in {unit}", xlabel="width", ylabel="height")
     return figure
 
@@ -417,7 +417,7 @@ def main():
 
 WINDOW = 1 << 18   # characters in memory; more if a record is longer
 LONGEST = 1 << 24  # a longer record is broken: a bracket or quote is never closed
-POLYGONS = re.compile(r'"segmentation":\s*\[(?:\s*\[[-+.eE0-9,\s]*\],?)+\s*\]')  # most text
+POLYGONS = re.compile(r'"segmentation":\s*\[(?:\s*\[[-+.eE0-9,\s]*\],?)+\s*\]')
 CLASSES = "id", "name", "boxes", "share"
 
 COCO_NAMES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,
