@@ -133,8 +133,8 @@ def evaluate(cam, dataset, indices, resolution, min_crop, device, target="predic
              "| --- |" + " ---: |" * 6]
     for name, parts in scores.items():
         score = 100 * torch.cat(parts)
-        cells = [f"{score[group, column].mean():.1f}" for column in (0, 1)
-                 for group in (correct | True, correct, ~correct)]
+        cells = [f"{score[group, column].mean():.1f}" if group.any() else "-"
+                 for column in (0, 1) for group in (correct | True, correct, ~correct)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -761,6 +761,9 @@ class GradCam(unittest.TestCase):
             table = {name: numbers for name, *numbers in rows}
             self.assertGreater(float(table["1"][0]), 99)
             self.assertEqual(table["a flat map"][0], f"{100 * (16 / side)**2:.1f}")
+        text = gradcam.evaluate(gradcam.GradCAM(network, ["1"]), dataset, torch.arange(0, 40, 2),
+                                64, 1.0, torch.device("cpu"))
+        self.assertRegex(text, r"\| 1 \| 100.0 \| 100.0 \| - \|")  # no image is wrong
 
 
 class GradCamCommand(InFolder):
