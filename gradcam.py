@@ -90,24 +90,21 @@ def combine(features, gradient, size):
 # Is the map on the object?
 
 
-def measure(maps, boxes):
-    """Maps (N, H, W) and boxes (N, 4): x0, y0, x1, y1 -> (N, 2) in [0, 1]: two measures.
+def pointing_game(maps, boxes):
+    """Is the maximum of the map in the box? Maps (N, H, W), boxes (N, 4): x0, y0, x1, y1 -> (N,).
 
-    Pointing game (Zhang et al. 2016, arXiv:1608.00507): is the maximum in the box? If several
-    pixels share it, the fraction of them. Energy (Wang et al. 2020, arXiv:1910.01279): the fraction
-    of the map's sum in the box. A flat map gets the fraction of the image that the box covers.
+    If several pixels share the maximum, the fraction of them (Zhang et al. 2016, arXiv:1608.00507).
+    A flat map gets the fraction of the image that the box covers.
     """
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)                        # each (N, 1)
     row, column = (torch.arange(side, device=maps.device) for side in maps.shape[1:])
     inside = ((row >= y0) & (row < y1))[:, :, None] & ((column >= x0) & (column < x1))[:, None]
-    top = maps.amax((1, 2), keepdim=True)
-    maps = torch.where(top > 0, maps, 1.0)
-    return torch.stack([(heat * inside).sum((1, 2)) / heat.sum((1, 2))
-                        for heat in ((maps >= top).float(), maps)], dim=1)
+    top = maps == maps.amax((1, 2), keepdim=True)
+    return (top & inside).sum((1, 2)) / top.sum((1, 2))
 
 
 def evaluate(cam, dataset, indices, resolution, min_crop, device, target="predicted"):
-    """Returns a Markdown table: both measures for each layer, a flat map and a central point."""
+    """Returns a Markdown table: the pointing game for each layer, a flat map, a central point."""
     batches = data.Batches(dataset, indices, 128, device, min_crop=min_crop)
     border = data.margin(min_crop)
     side = data.SIZE - 2 * border
@@ -120,21 +117,21 @@ def evaluate(cam, dataset, indices, resolution, min_crop, device, target="predic
         maps |= {"a flat map": flat.expand(len(images), -1, -1),
                  "a point at the centre": centre.expand(len(images), -1, -1)}
         for name, heat in maps.items():
-            score = measure(heat, boxes[done:done + len(images)])
+            score = pointing_game(heat, boxes[done:done + len(images)])
             scores.setdefault(name, []).append(score.cpu())
         correct.append((cam.logits.argmax(1) == labels).cpu())
         done += len(images)
         if progress.due():
             progress.show(f"Grad-CAM {done / len(indices):4.0%}")
     correct = torch.cat(correct)
-    lines = [f"Maps of the {target} class for {len(correct):,} validation images, of which "
-             f"{correct.sum():,} are classified correctly; in percent:", "",
-             "| map | pointing game, all | correct | wrong | energy, all | correct | wrong |",
-             "| --- |" + " ---: |" * 6]
+    lines = [f"Pointing game: is the maximum of the {target} class's map in the object's box? In "
+             f"percent of {len(correct):,} validation images, of which {correct.sum():,} are "
+             "classified correctly:", "",
+             "| map | all | correct | wrong |", "| --- | ---: | ---: | ---: |"]
     for name, parts in scores.items():
         score = 100 * torch.cat(parts)
-        cells = [f"{score[group, column].mean():.1f}" if group.any() else "-"
-                 for column in (0, 1) for group in (correct | True, correct, ~correct)]
+        cells = [f"{score[group].mean():.1f}" if group.any() else "-"
+                 for group in (correct | True, correct, ~correct)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

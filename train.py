@@ -185,17 +185,14 @@ def average_statistics(network):
 
 
 @torch.no_grad()
-def evaluate(network, batches, resolution, dtype, progress, mirror=False):
+def evaluate(network, batches, resolution, dtype, progress):
     """Returns mean loss, top-1 and top-5 accuracy, and of each image of this process the predicted
-    class and its probability. mirror: average the probabilities of image and mirror image.
+    class and its probability.
     """
     network.eval()
     totals, predictions = torch.zeros(4, device=batches.device), []
     for images, labels, *_ in batches.epoch(0, resolution):
         log_probabilities = model.forward(network, images, dtype)
-        if mirror:
-            mirrored = model.forward(network, images.flip(3), dtype)
-            log_probabilities = torch.logaddexp(log_probabilities, mirrored) - math.log(2)
         totals += tally(log_probabilities, labels)
         predictions.append(log_probabilities.max(dim=1))
         if progress.due():
@@ -321,13 +318,12 @@ def write_report(learner, dataset, train_indices, val_indices, history, args, fo
     network, dtype = learner.network, learner.dtype
     device, resolution = next(network.parameters()).device, args.resolutions[-1]
 
-    def predict(indices, mirror=False):
+    def predict(indices):
         batches = data.Batches(dataset, indices, args.batch_size, device, min_crop=args.min_crop)
-        return evaluate(network, batches, resolution, dtype, data.Progress(), mirror)
+        return evaluate(network, batches, resolution, dtype, data.Progress())
 
     print("writing the report ...", flush=True)
     _, final, top5, predicted, confidence = predict(val_indices)
-    _, mirrored, *_ = predict(val_indices, mirror=True)
     _, plain, *_ = predict(data.shuffled(train_indices)[:10_000])
     best = max(history, key=lambda row: row["val_accuracy"])
     seconds = sum(row["seconds"] for row in history)
@@ -341,18 +337,17 @@ def write_report(learner, dataset, train_indices, val_indices, history, args, fo
     write_rows(folder / "classes.csv", classes)
     settings = {"hardware": hardware, "parameters": f"{parameters:,}", **config(args)}
     settings = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-    metrics = {"val_accuracy": final, "val_top5": top5, "val_accuracy_mirrored": mirrored,
-               "best_val_accuracy": best["val_accuracy"], "best_epoch": best["epoch"],
-               "train_accuracy_not_augmented": plain, "parameters": parameters,
-               "seconds": round(seconds), "command": args.command}
+    metrics = {"val_accuracy": final, "val_top5": top5, "best_epoch": best["epoch"],
+               "best_val_accuracy": best["val_accuracy"], "train_accuracy_not_augmented": plain,
+               "parameters": parameters, "seconds": round(seconds), "command": args.command}
     with data.replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1))
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text(f"""# {args.model} on {dataset.name}
 
 **{final:.2%} validation accuracy** (top-5 {top5:.2%}) after {args.epochs} epochs, which took
-{clock(seconds)} hours. With the mean over image and mirror image: {mirrored:.2%}. The best epoch,
-{best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was chosen on the validation images.
+{clock(seconds)} hours. The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was
+chosen on the validation images.
 
 On training images without augmentation the accuracy is {plain:.2%}, {100 * (plain - final):+.1f}
 points against the validation images; with augmentation {history[-1]["train_accuracy"]:.2%}.
