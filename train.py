@@ -30,7 +30,6 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -152,7 +151,7 @@ def fit(learner, batches, val_batches, history, args, folder, class_names):
             save(folder / "best.pt", learner, history, args, class_names, with_optimizer=False)
         write_rows(folder / "history.csv", history)
         if time.monotonic() - drawn > 30:
-            draw_curves(history, args, folder / "curves.png")
+            draw_curves(history, folder / "curves.png")
             drawn = time.monotonic()
         save(folder / "last.pt", learner, history, args, class_names)  # last: completes the epoch
 
@@ -250,11 +249,11 @@ def write_rows(path, rows):
         writer.writerows(rows)
 
 
-def draw_curves(history, args, path):
+def draw_curves(history, path):
     panels = {"Loss": {"train_loss": "training (augmented)", "val_loss": "validation"},
               "Accuracy": {"train_accuracy": "training (augmented)", "val_accuracy": "validation",
                            "val_top5": "validation, top-5"},
-              "Learning rate": {}}
+              "Learning rate": {"lr": "at the end of the epoch"}}
     epochs, resolutions = ([row[key] for row in history] for key in ("epoch", "resolution"))
     changes = [e for e, a, b in zip(epochs, resolutions, resolutions[1:]) if a != b]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -262,15 +261,12 @@ def draw_curves(history, args, path):
         for column, label in columns.items():
             axis.plot(epochs, [row[column] for row in history], ".-", label=label)
         for epoch in changes:
-            axis.axvline(epoch + (0.5 if columns else 0), color="0.4", linestyle=":")
-        if columns:
-            axis.legend()
+            axis.axvline(epoch + 0.5, color="0.4", linestyle=":")
+        axis.legend()
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
     axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1))
-    axes[2].plot(np.linspace(0, args.epochs, 1000),
-                 [one_cycle(step, 1000, args.max_lr)[0] for step in range(1000)])
     sides = ", ".join(map(str, dict.fromkeys(resolutions)))
     figure.suptitle(f"Images of {sides} pixels; dotted: the resolution changes", fontsize=10)
     data.save_figure(figure, path)
@@ -331,7 +327,7 @@ def write_report(learner, dataset, train_indices, val_indices, history, args, fo
     classes, tables = tabulate_classes(dataset.class_names, dataset.labels[val_indices], predicted)
     cam, view = gradcam.GradCAM(network, dtype=dtype), (resolution, args.min_crop, device)
     maps = gradcam.evaluate(cam, dataset, data.shuffled(val_indices)[:1000], *view)
-    draw_curves(history, args, folder / "curves.png")
+    draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val_indices, predicted, confidence, folder / "misclassified.png")
     gradcam.draw_misclassified(cam, dataset, val_indices, *view, folder / "gradcam.png")
     write_rows(folder / "classes.csv", classes)
