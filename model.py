@@ -53,11 +53,11 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """ResNet18: images (N, 3, H, W) float -> logits (N, num_classes).
 
-    The state_dict is interchangeable with torchvision.models.resnet18's.
+    The state_dict is interchangeable with torchvision.models.resnet18's, for every stem_stride.
 
     stem_stride: by how much the stem (conv1 and maxpool) shrinks the image. 4 is the original, made
     for 224x224 images; it leaves 16x16 of the 64x64 positions. 2 omits the pooling, 1 the stride of
-    conv1 as well, each for about four times the multiply-adds and with the same state_dict.
+    conv1 as well, each for about four times the multiply-adds.
     """
 
     def __init__(self, num_classes=200, stem_stride=4):
@@ -157,8 +157,6 @@ def initialise(network):
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 MODELS = ("resnet18", "customresnet")
@@ -196,16 +194,13 @@ def choose_device(name="auto", index=0):
 
 def choose_dtype(precision, device):
     """Returns the torch.dtype for convolutions; "auto" is the fastest that the device has."""
-    if precision == "fp16" and device.type == "mps":  # GradScaler has failed to unscale there
-        raise UsageError("--precision fp16: wrong on MPS: choose bf16 or fp32")
-    if precision == "auto":
-        precision = "fp32"
-        if device.type == "cuda":
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            precision = "bf16" if bf16 else "fp16"
-        elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-            precision = "bf16"
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    if precision != "auto":
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bf16 else torch.float16
+    bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def load_checkpoint(path):
@@ -256,30 +251,27 @@ def observe(network, images, look):
 
 
 def receptive_fields(network, width=128):
-    """Returns {layer's name: side in pixels}, infinite for layers that see the whole image.
+    """Returns {layer's name: side in pixels}, without the layers that see the whole image.
 
     NaN is contagious: an output position is NaN if and only if it sees a pixel that is NaN. Each of
-    32 images has one NaN column, one pixel further right each time. Among all images, a position is
-    NaN as often as its field is wide. Positions are `jump` pixels apart, hence field = count * jump
-    / 32 for all NaN columns of the output. Parallel paths do not add up; the longest decides
-    (Araujo et al., https://distill.pub/2019/computing-receptive-fields). For kernels without
-    dilation, and jumps that are powers of two up to 32.
+    32 images has one NaN column, one pixel further right each time. Positions are `jump` pixels
+    apart, so each distance of a position from the NaN column occurs 32 / jump times: field = number
+    of NaN columns of the outputs * jump / 32. Of parallel paths the longest decides (Araujo et al.,
+    https://distill.pub/2019/computing-receptive-fields). For kernels without dilation, and jumps
+    that are powers of two up to 32.
     """
-    def nan_columns(layer, output):  # (32, columns) bool
-        return output.isnan().flatten(1, -2).any(1) if output.dim() == 4 else None
-
     images = torch.zeros(32, 3, 22, width)
     for i in range(32):
         images[i, :, :, width // 2 + i] = math.nan
     fields = {}
-    for name, columns in observe(network, images, nan_columns).items():
-        if columns is None or columns.shape[1] == 1:
-            fields[name] = math.inf
-        elif columns[:, [0, -1]].any():  # the image is too narrow
+    for name, nan in observe(network, images, lambda layer, output: output.isnan()).items():
+        if nan[0, 0].numel() == 1:  # after the global average pool
+            continue
+        columns = nan.any(dim=(1, 2))  # (32, columns) bool
+        if columns[:, [0, -1]].any():  # the image is too narrow
             return receptive_fields(network, 2 * width)
-        else:
-            jump = 2 ** round(math.log2(width / columns.shape[1]))
-            fields[name] = int(columns.sum()) * jump // 32
+        jump = 2 ** round(math.log2(width / columns.shape[1]))
+        fields[name] = int(columns.sum()) * jump // 32
     return fields
 
 
@@ -296,13 +288,11 @@ def print_table(network, image_size):
     print(f"{title} on {image_size}x{image_size} images\n\n{'layer':24}{'output shape':>16}"
           f"{'parameters':>14}{'receptive field':>18}{'multiply-adds':>16}")
     for name, (shape, parameters, multiply_adds) in rows.items():
-        field = fields[name] if fields[name] < math.inf else "whole image"
-        print(f"{name:24}{' x '.join(map(str, shape)):>16}{parameters:14,}{field:>18}"
-              f"{multiply_adds:16,}")
-    last = max(field for field in fields.values() if field < math.inf)
+        print(f"{name:24}{' x '.join(map(str, shape)):>16}{parameters:14,}"
+              f"{fields.get(name, 'whole image'):>18}{multiply_adds:16,}")
     print(f"\n{title}: {sum(p.numel() for p in network.parameters()):,} parameters, "
           f"{sum(row[2] for row in rows.values()) / 1e6:,.0f} million multiply-adds per image, "
-          f"receptive field {last} before the global average pool\n")
+          f"receptive field {max(fields.values())} before the global average pool\n")
 
 
 def main():
@@ -314,7 +304,7 @@ def main():
     for name in MODELS:
         print_table(create(name, args.num_classes, args.stem_stride), args.image_size)
     print("The assignment gives CustomResNet's receptive field as 122, the sum over all layers.\n"
-          "But the two paths of a CustomLayer are parallel: only the longer one counts, hence 38.")
+          "Of parallel paths, however, only the longest counts.")
 
 
 if __name__ == "__main__":
