@@ -10,13 +10,13 @@ import argparse
 import http.client
 import json
 import math
-import os
 import sys
 import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +69,6 @@ def split(dataset, kind="70-30", seed=0):
 
     "70-30" draws 70 % of each class (385 of its 550 images) with seed: the assignment's split,
     stratified. "official" is the data set's own, 100,000 and 10,000 images, which papers report.
-    27 pairs of Tiny ImageNet's images are identical but carry different labels.
     """
     if kind == "official":
         return torch.where(~dataset.official_val)[0], torch.where(dataset.official_val)[0]
@@ -95,28 +94,28 @@ def shuffled(indices):
 
 def tiny_imagenet(data_dir):
     """Returns the Dataset, from the cache if there is one. Raises UsageError."""
-    cache, archive = data_dir / CACHE, data_dir / f"{FOLDER}.zip"
+    cache = data_dir / CACHE
     if cache.exists():
         try:
             # mmap: pages of the 1.4 GB are read when they are used, and shared between processes
             return Dataset(**torch.load(cache, mmap=True, weights_only=True))
         except Exception:  # whatever is wrong with a cache, the cure is the same
             print(f"{cache}: cannot be read; decoding the images again", file=sys.stderr)
-    source = data_dir / FOLDER  # a folder, or the zip file, which need not be extracted
-    if not source.is_dir():
-        source = archive
-        if not archive.exists():
-            download(archive)
+    folder, archive = data_dir / FOLDER, data_dir / f"{FOLDER}.zip"
+    source = folder if folder.is_dir() else archive  # which need not be extracted
+    if not source.exists():
+        download(archive)
     try:
-        folder = source if source.is_dir() else zipfile.Path(archive) / FOLDER
+        if source is archive:
+            folder = zipfile.Path(archive) / FOLDER
         wnids, names, rows = list_images(folder)
         files, labels, boxes, official_val = zip(*rows)
         images = torch.from_numpy(decode(files))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UsageError(f"{source}: not the complete Tiny ImageNet ({error}): delete it and start "
                          "again") from error
-    boxes = torch.from_numpy(np.array(boxes, np.int64))
-    boxes[:, 2:] += 1  # the files give the last pixel inside: 0 0 63 63
+    # the files give the last pixel inside: 0 0 63 63
+    boxes = torch.from_numpy(np.array(boxes, np.int64) + [0, 0, 1, 1])
     dataset = Dataset("tiny-imagenet", images, torch.tensor(labels), boxes,
                       torch.tensor(official_val), wnids, names)
     try:
@@ -148,9 +147,7 @@ def list_images(folder):
 
     wnids = sorted(wnid for wnid, in table(folder / "wnids.txt"))
     words = dict(table(folder / "words.txt"))
-    # "German shepherd, German shepherd dog, ...": the first synonym, unless two classes share it
-    first = [words[wnid].split(",")[0] for wnid in wnids]
-    names = [name if first.count(name) == 1 else words[wnid] for wnid, name in zip(wnids, first)]
+    names = [words[wnid].split(",")[0] for wnid in wnids]  # "goldfish, Carassius auratus"
     rows = []
     for label, wnid in enumerate(wnids):
         part = folder / "train" / wnid
@@ -173,11 +170,10 @@ def decode(files):
 
     images = np.empty((len(files), 3, SIZE, SIZE), np.uint8)
     progress = Progress()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the GIL
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
         for index, image in enumerate(pool.map(decode_one, files)):
             images[index] = image
-            if progress.due():
-                progress.show(f"decoded {index:,} of {len(files):,} images")
+            progress.show(f"decoded {index:,} of {len(files):,} images")
     return images
 
 
@@ -206,7 +202,7 @@ def shapes(seed=0, per_class=550):
     Colour, texture, size, position, rotation and background do not depend on the class.
     """
     rng = np.random.default_rng(seed)
-    pixel = np.arange(SIZE) + 0.5
+    pixel_y, pixel_x = np.mgrid[:SIZE, :SIZE] + 0.5
     count = per_class * len(SHAPES)
     labels = np.arange(count) % len(SHAPES)
     images = np.empty((count, 3, SIZE, SIZE), np.uint8)
@@ -214,14 +210,14 @@ def shapes(seed=0, per_class=550):
 
     def stripes():  # a wave of random direction, width and strength
         kx, ky = rng.uniform(-0.8, 0.8, 2)
-        phase = kx * pixel[None, :] + ky * pixel[:, None]
-        return (rng.uniform(0, 12) * np.sin(phase + rng.uniform(0, 6)))[None]
+        phase = kx * pixel_x + ky * pixel_y
+        return rng.uniform(0, 12) * np.sin(phase + rng.uniform(0, 6))
 
     for index, label in enumerate(labels):
         radius, angle = rng.uniform(10, 16), rng.uniform(-0.5, 0.5)
         # mostly near the edges, so that pointing at the centre of the image misses the shape
         x, y = radius + (SIZE - 2 * radius) * rng.beta(0.5, 0.5, 2)
-        dx, dy = (pixel[None, :] - x) / radius, (pixel[:, None] - y) / radius
+        dx, dy = (pixel_x - x) / radius, (pixel_y - y) / radius
         inside = list(SHAPES.values())[label](np.cos(angle) * dx + np.sin(angle) * dy,
                                               np.cos(angle) * dy - np.sin(angle) * dx)
         light, dark = rng.uniform(160, 255, (3, 1, 1)), rng.uniform(0, 90, (3, 1, 1))
@@ -238,24 +234,24 @@ def shapes(seed=0, per_class=550):
 # Batches
 
 
+@dataclass
 class Batches:
     """The images of a split, in batches on the device.
 
     The data set stays in memory as uint8, so a batch is an index operation and needs no worker
     processes. The random numbers of an epoch depend on seed and epoch only, so a resumed run sees
     the same batches as an uninterrupted one.
-
-    dataset: a Dataset; indices (N,) int64; batch_size: of all processes together; augment: shuffle,
-    crop, flip and mix the images, and leave out what does not fill a batch; min_crop: smallest area
-    of a crop; cutmix: how many images get a patch of another. Both are fractions.
     """
-
-    def __init__(self, dataset, indices, batch_size, device, augment=False, min_crop=1.0,
-                 cutmix=0.0, seed=0, rank=0, world_size=1):
-        self.images, self.device = dataset.images, torch.device(device)
-        self.labels, self.indices = (t.to(self.images.device) for t in (dataset.labels, indices))
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.augment, self.min_crop, self.cutmix, self.seed = augment, min_crop, cutmix, seed
+    dataset: Dataset
+    indices: torch.Tensor   # (N,) int64
+    batch_size: int         # of all processes together
+    device: torch.device
+    augment: bool = False   # shuffle, crop, flip, mix; leave out what does not fill a batch
+    min_crop: float = 1.0   # smallest area of a crop, a fraction
+    cutmix: float = 0.0     # fraction of the images that get a patch of another
+    seed: int = 0
+    rank: int = 0           # of this process among world_size
+    world_size: int = 1
 
     def __len__(self):
         count = len(self.indices) / self.batch_size
@@ -265,25 +261,27 @@ class Batches:
         """Yields images (B, 3, resolution, resolution) float32, their labels (B,) int64, the labels
         (B,) of the images that the patches come from, and the fraction (B,) that is not patched.
         """
-        order = self.indices
+        dataset, order = self.dataset, self.indices
         if self.augment:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = order[torch.randperm(len(order), generator=generator).to(order.device)]
+            order = order[torch.randperm(len(order), generator=generator)]
             # nine random numbers for each image: five for its crop, four for CutMix
             uniform = torch.rand(len(order), 9, generator=generator).to(self.device)
-        total = min(len(order), len(self) * self.batch_size)
+        order = order[:len(self) * self.batch_size]
+        labels = dataset.labels[order].to(self.device)
+        order = order.to(dataset.images.device)
         for number in range(len(self)):  # batches of equal sizes, up to one image
-            start, stop = number * total // len(self), (number + 1) * total // len(self)
+            start, stop = (i * len(order) // len(self) for i in (number, number + 1))
             part = slice(start + self.rank, stop, self.world_size)
-            images = self.images[order[part]].to(self.device)   # (B, 3, 64, 64) uint8
-            labels = self.labels[order[part]].to(self.device)
+            images = dataset.images[order[part]].to(self.device)   # (B, 3, 64, 64) uint8
             if self.augment:
                 theta = random_crops(uniform[part, :5], self.min_crop)
                 images = prepare(images, resolution, theta)
-                yield cut_mix(images, labels, uniform[part, 5:], self.cutmix)
+                yield cut_mix(images, labels[part], uniform[part, 5:], self.cutmix)
             else:
                 images = for_validation(images, resolution, self.min_crop)
-                yield images, labels, labels, torch.ones(len(images), device=self.device)
+                own = torch.ones(len(images), device=self.device)
+                yield images, labels[part], labels[part], own
 
 
 def prepare(images, resolution, theta=None):
@@ -352,22 +350,21 @@ def for_validation(images, resolution, min_crop):
 
 
 class Progress:
-    """A line on stderr, rewritten in place; if stderr is a file, a new line every minute."""
+    """A line on stderr, rewritten in place every second; in a file, a new line every minute."""
 
     def __init__(self, quiet=False):
-        self.quiet, self.in_place = quiet, sys.stderr.isatty()
-        self.checked = self.shown = time.monotonic()
+        self.end, self.interval = ("\r", 1) if sys.stderr.isatty() else ("\n", 60)
+        if quiet:
+            self.interval = math.inf
+        self.shown = time.monotonic()
 
     def due(self):
-        """True at most once a second."""
-        if time.monotonic() - self.checked < 1:
-            return False
-        self.checked = time.monotonic()
-        return True
+        return time.monotonic() - self.shown > self.interval
 
     def show(self, text):
-        if not self.quiet and (self.in_place or time.monotonic() - self.shown > 60):
-            print(f"{text:79}", end="\r" if self.in_place else "\n", file=sys.stderr, flush=True)
+        """Prints text if it is due."""
+        if self.due():
+            print(f"{text:79}", end=self.end, file=sys.stderr, flush=True)
             self.shown = time.monotonic()
 
 
@@ -380,7 +377,7 @@ def replacing(path):
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         with suppress(OSError):
             temporary.unlink()
@@ -391,7 +388,7 @@ def replacing(path):
 
 def save_figure(figure, path):
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png")
     plt.close(figure)
 
 
@@ -415,21 +412,19 @@ def run_command(main):
 # The command
 
 
-def draw_samples(dataset, path, seed=0, columns=5):
-    """Draws images of five classes, with their boxes."""
+def draw_samples(dataset, path, seed=0):
+    """Draws five images of each of five classes, with their boxes."""
     rng = np.random.default_rng(seed)
-    classes = len(dataset.class_names)
-    labels = np.sort(rng.choice(classes, min(5, classes), replace=False))
-    figure, axes = plt.subplots(len(labels), columns, squeeze=False, layout="constrained",
-                                figsize=(1.6 * columns, 1.92 * len(labels)))
+    labels = np.sort(rng.permutation(len(dataset.class_names))[:5])
+    figure, axes = plt.subplots(len(labels), 5, figsize=(8, 1.92 * len(labels)),
+                                layout="constrained")
     for row, label in zip(axes, labels):
         name = f"{label}: {dataset.class_names[label]} ({dataset.wnids[label]})"
-        row[columns // 2].set_title(name, fontsize=10)
+        row[2].set_title(name, fontsize=10)
         for axis, index in zip(row, rng.permutation(np.flatnonzero(dataset.labels == label))):
             axis.imshow(dataset.images[index].permute(1, 2, 0).numpy())
             draw_box(axis, dataset.boxes[index], "yellow")
-    for axis in axes.flat:
-        axis.axis("off")
+            axis.axis("off")
     save_figure(figure, path)
 
 

@@ -121,8 +121,7 @@ def evaluate(cam, dataset, indices, resolution, min_crop, device, target="predic
             scores.setdefault(name, []).append(score.cpu())
         correct.append((cam.logits.argmax(1) == labels).cpu())
         done += len(images)
-        if progress.due():
-            progress.show(f"Grad-CAM {done / len(indices):4.0%}")
+        progress.show(f"Grad-CAM {done / len(indices):4.0%}")
     correct = torch.cat(correct)
     lines = [f"Pointing game: is the maximum of the {target} class's map in the object's box? In "
              f"percent of {len(correct):,} validation images, of which {correct.sum():,} are "

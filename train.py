@@ -194,8 +194,7 @@ def evaluate(network, batches, resolution, dtype, progress):
         log_probabilities = model.forward(network, images, dtype)
         totals += tally(log_probabilities, labels)
         predictions.append(log_probabilities.max(dim=1))
-        if progress.due():
-            progress.show(f"validating {len(predictions) / len(batches):4.0%}")
+        progress.show(f"validating {len(predictions) / len(batches):4.0%}")
     confidence, predicted = (torch.cat(column).cpu() for column in zip(*predictions))
     return *mean(totals), predicted, confidence.exp()
 
