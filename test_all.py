@@ -494,13 +494,13 @@ class Training(InFolder):
         indices, val_indices = data.split(dataset)
         torch.manual_seed(0)
         network = model.place(model.create("resnet18", 4, 4), "cpu")
-        batches = data.Batches(dataset, indices, 8, "cpu", True, 0.35, 0.5)
+        batches = data.Batches(dataset, indices, 8, "cpu", True, 0.35, 0.25)
         decayed = [m.weight for m in network.modules()
                    if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
         rest = [p for p in network.parameters() if not any(p is other for other in decayed)]
         optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 5e-4}, {"params": rest}],
-                                    lr=0.1, nesterov=True, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10, pct_start=0.2)
+                                    lr=0.2, nesterov=True, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, 10, pct_start=0.2)
         for epoch in (1, 2):
             for images, labels, others, own in batches.epoch(epoch, 22):
                 target = torch.lerp(F.one_hot(others, 4).float(), F.one_hot(labels, 4).float(),

@@ -43,8 +43,8 @@ from data import UsageError
 # The defaults of each data set; what each ingredient is worth: assets/measurements.md. The epochs
 # are divided evenly among the resolutions, as small images train faster (Howard 2018, fast.ai).
 RECIPES = {
-    "tiny-imagenet": {"epochs": 50, "resolutions": [32, 48, 64], "stem_stride": 2,
-                      "batch_size": 256, "max_lr": 0.1, "min_crop": 0.35, "cutmix": 0.5},
+    "tiny-imagenet": {"epochs": 50, "resolutions": [32, 32, 32, 32, 64], "stem_stride": 2,
+                      "batch_size": 256, "max_lr": 0.2, "min_crop": 0.35, "cutmix": 0.25},
     "shapes": {"epochs": 3, "resolutions": [48, 64], "stem_stride": 4,
                "batch_size": 64, "max_lr": 0.05, "min_crop": 1.0, "cutmix": 0.0},
 }
@@ -455,14 +455,14 @@ def parse_arguments():
         help="ResNet18 shrinks images by this first; 4 is fastest: 2 (shapes: 4)")
     add("--epochs", type=int, help="50 (shapes: 3)")
     add("--resolutions", type=int, nargs="+", metavar="PIXELS",
-        help="image sides, for equal parts of the epochs: 32 48 64 (shapes: 48 64)")
+        help="image sides, for equal parts of the epochs: 32 32 32 32 64 (shapes: 48 64)")
     add("--batch-size", type=int, help="of all processes together: 256 (shapes: 64)")
-    add("--max-lr", type=float, help="peak of OneCycle: 0.1 (shapes: 0.05)")
+    add("--max-lr", type=float, help="peak of OneCycle: 0.2 (shapes: 0.05)")
     add("--weight-decay", type=float, default=5e-4, help="0.0005")
     add("--label-smoothing", type=float, default=0.1, help="0.1")
     add("--min-crop", type=float,
         help="smallest area of a random crop: 0.35 (shapes: 1, no cropping)")
-    add("--cutmix", type=float, help="fraction of patched images: 0.5 (shapes: 0)")
+    add("--cutmix", type=float, help="fraction of patched images: 0.25 (shapes: 0)")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
         help="of convolutions: bf16 or fp16 where it is fast, else fp32")
     add("--seed", type=int, default=0, help="of split, weights, augmentation and shapes: 0")
