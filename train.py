@@ -2,7 +2,7 @@
 
     python train.py --dataset shapes                  # no download: the full pipeline in minutes
     python train.py --epochs 50                       # Tiny ImageNet, ResNet18, 70/30 split
-    python train.py --classes 10 --epochs 10 --resolutions 32 --stem-stride 4 --batch-size 64
+    python train.py --classes 10 --epochs 10 --resolutions 32     # a first trial with photographs
     python train.py --resume runs/tiny-imagenet-resnet18
     torchrun --nproc_per_node=4 train.py              # several GPUs
     python train.py --find-lr                         # learning-rate range test: find-lr.png
