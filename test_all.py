@@ -1,4 +1,4 @@
-"""The tests: python test_all.py, without a download, in about a minute on two quiet cores.
+"""The tests: python test_all.py, without a download, in one to two minutes on two cores.
 
     python test_all.py Networks Schedule          # some of the classes below
     python test_all.py Training.test_an_interrupted_run_resumes_to_the_same_weights
