@@ -112,8 +112,11 @@ class Networks(unittest.TestCase):
         _, out, _ = call(model, "--stem-stride", 4, "--image-size", 224, "--num-classes", 1000)
         # torchvision's documentation: 11,689,512 parameters, 1.81 GFLOPS
         self.assertIn("ResNet18: 11,689,512 parameters, 1,814 million multiply-adds", out)
-        parameters = sum(p.numel() for p in model.CustomResNet(10).parameters())
-        self.assertEqual(parameters, 4_058_122)  # the assignment's
+        for name, classes, expected in (("resnet18", 200, 11_279_112),  # the assignment's
+                                        ("customresnet", 10, 4_058_122),
+                                        ("customresnet", 200, 4_106_952)):
+            parameters = sum(p.numel() for p in model.create(name, classes).parameters())
+            self.assertEqual(parameters, expected)
 
     def test_receptive_fields_are_where_the_gradient_is_not_zero(self):
         for network, layer, expected in ((model.ResNet18(10, 4), "layer4.1.bn2", 435),
