@@ -481,11 +481,10 @@ class Training(Commands):
     def test_a_run_leaves_a_report_and_no_run_overwrites_another(self):
         self.assertIn(f"{RUN}/report.md", self.printed)
         report = (RUN / "report.md").read_text()
-        metrics = json.loads((RUN / "metrics.json").read_text())
         accuracies = [float(row["val_accuracy"]) for row in history(RUN)]
         accuracy = accuracies[-1]
-        self.assertEqual((metrics["val_accuracy"], metrics["parameters"]), (accuracy, 11178564))
-        for word in (f"**{accuracy:.2%} validation accuracy**", "shepherd", metrics["command"]):
+        for word in (f"**{accuracy:.2%} validation accuracy**", "11,178,564", "shepherd",
+                     "train.py --epochs 2"):
             self.assertIn(word, report)
         classes = list(csv.DictReader((RUN / "classes.csv").read_text().splitlines()))
         self.assertAlmostEqual(sum(float(row["accuracy"]) for row in classes) / 4, accuracy, 3)

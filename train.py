@@ -9,14 +9,13 @@
     python train.py --benchmark                       # images/s on this machine
 
 prints a line for each epoch and writes into runs/tiny-imagenet-resnet18, or a similar new folder:
-report.md, metrics.json, classes.csv, history.csv, curves.png, misclassified.png, gradcam.png, and
-the checkpoints last.pt and best.pt.
+report.md, classes.csv, history.csv, curves.png, misclassified.png, gradcam.png, and the checkpoints
+last.pt and best.pt.
 """
 import argparse
 import csv
 import datetime
 import itertools
-import json
 import math
 import os
 import shlex
@@ -309,7 +308,7 @@ def tabulate_classes(names, labels, predicted):
 
 
 def write_report(learner, dataset, train_indices, val_indices, history, args, folder, hardware):
-    """Writes report.md, its pictures, metrics.json and classes.csv."""
+    """Writes report.md, its pictures, and classes.csv."""
     network, dtype = learner.network, learner.dtype
     device, resolution = next(network.parameters()).device, args.resolutions[-1]
 
@@ -321,8 +320,6 @@ def write_report(learner, dataset, train_indices, val_indices, history, args, fo
     _, final, top5, predicted, confidence = predict(val_indices)
     _, plain, *_ = predict(data.shuffled(train_indices)[:10_000])
     best = max(history, key=lambda row: row["val_accuracy"])
-    seconds = sum(row["seconds"] for row in history)
-    parameters = sum(p.numel() for p in network.parameters())
     classes, tables = tabulate_classes(dataset.class_names, dataset.labels[val_indices], predicted)
     cam, view = gradcam.GradCAM(network, dtype=dtype), (resolution, args.min_crop, device)
     maps = gradcam.evaluate(cam, dataset, data.shuffled(val_indices)[:1000], *view)
@@ -330,13 +327,10 @@ def write_report(learner, dataset, train_indices, val_indices, history, args, fo
     draw_misclassified(dataset, val_indices, predicted, confidence, folder / "misclassified.png")
     gradcam.draw_misclassified(cam, dataset, val_indices, *view, folder / "gradcam.png")
     write_rows(folder / "classes.csv", classes)
+    seconds = sum(row["seconds"] for row in history)
+    parameters = sum(p.numel() for p in network.parameters())
     settings = {"hardware": hardware, "parameters": f"{parameters:,}", **config(args)}
     settings = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-    metrics = {"val_accuracy": final, "val_top5": top5, "best_epoch": best["epoch"],
-               "best_val_accuracy": best["val_accuracy"], "train_accuracy_not_augmented": plain,
-               "parameters": parameters, "seconds": round(seconds), "command": args.command}
-    with data.replacing(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1))
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text(f"""# {args.model} on {dataset.name}
 
