@@ -2,7 +2,6 @@
 
     python train.py --dataset shapes                  # no download: the full pipeline in minutes
     python train.py --epochs 50                       # Tiny ImageNet, ResNet18, 70/30 split
-    python train.py --classes 10 --epochs 10 --resolutions 32     # a first trial with photographs
     python train.py --resume runs/tiny-imagenet-resnet18
     torchrun --nproc_per_node=4 train.py              # several GPUs
     python train.py --find-lr                         # learning-rate range test: find-lr.png
@@ -503,8 +502,7 @@ def make_folder(args):
     numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
     for folder in [args.out] if args.out else itertools.chain([default], numbered):
         folder.mkdir(parents=True, exist_ok=True)
-        # hidden files: the temporary files of interrupted runs
-        if all(file.name.startswith(".") for file in folder.iterdir()):
+        if not any(folder.iterdir()):
             return folder
     raise UsageError(f"--out {args.out}: already exists: choose a new folder, or --resume it")
 
