@@ -124,11 +124,6 @@ def explain(alike, fit, sized, exchanged):
 # ------------------------------------------------------------------------- counts, faults, anchors
 
 
-def count(number, noun):
-    """1 box, or 1,200 boxes."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun[-1] in "sx" else "s")
-
-
 def short(value):
     """Printable text."""
     return "".join(c if c.isprintable() else " " for c in str(value)[:60])
@@ -186,16 +181,13 @@ def at_input(wh, size, side, resize):
 
 
 def find_anchors(wh, asked, seed):
-    """{k: (anchors (k, 2), mean IoU)} for k = 1, 2, ... and those asked.
+    """{k: (anchors (k, 2), mean IoU)} for each k asked, at most the number of distinct boxes.
 
     Decimals are dropped as long as that costs less than 0.0005.
     """
-    found = {}
-    for k in sorted({*range(1, min(max(asked), 9) + 1), *asked}):
-        try:
-            exact, best = kmeans(wh, k, seed)
-        except ValueError:  # fewer distinct boxes than anchors
-            break
+    found, distinct = {}, len(np.unique(wh, axis=0))
+    for k in sorted({min(k, distinct) for k in asked}):
+        exact, best = kmeans(wh, k, seed)
         for digits in range(9):
             anchors = exact.round(digits)
             score = mean_best_iou(wh, anchors)
@@ -292,9 +284,9 @@ def draw_anchors(found):
     return figure
 
 
-def draw_gain(tried):
+def draw_gain(found):
     figure, axes = plt.subplots()
-    axes.plot(list(tried), [score for _, score in tried.values()], "o-", color=BLUE)
+    axes.plot(list(found), [score for _, score in found.values()], "o-", color=BLUE)
     axes.set(xlabel="anchors", ylabel="mean IoU")
     return figure
 
@@ -329,14 +321,13 @@ def analyse(data, args):
     if not good.any():
         raise BadInput(f"no usable {READINGS[reading][0]}: try another --bbox-format")
     wh, unit = at_input(box[good, 2:], size[good], args.size, args.resize)
-    tried = find_anchors(wh, args.k, args.seed)
-    found = {k: tried[k] for k in tried if k in args.k} or tried
+    found = find_anchors(wh, args.k, args.seed)
 
     classes = count_classes(data)
-    counts = (((data.crowd == 0).sum(), "box"), (data.crowd.sum(), "crowd"),
-              (len(data.unusable), "unusable annotation"), (len(classes), "class"),
-              (len(data.images) * data.grouped, "image"))
-    summary = f"{data.kind}: " + ", ".join(count(*pair) for pair in counts if pair[0])
+    counts = {"boxes": (data.crowd == 0).sum(), "crowds": data.crowd.sum(),
+              "unusable annotations": len(data.unusable), "classes": len(classes),
+              "images": len(data.images) * data.grouped}
+    summary = f"{data.kind}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
     fits = [(READINGS[key][0], f"{fit[key]:.2%}", "{:.5g} x {:.5g}".format(*reach[key]))
             for key in sorted(fit, key=fit.get, reverse=True) if fit[key]]
     anchors = [f"- k = {k}, mean IoU {score:.4f}: " + ", ".join(f"{w:g},{h:g}" for w, h in anchors)
@@ -362,7 +353,7 @@ def analyse(data, args):
         "bbox_distribution.png": draw_boxes(data, box[good], size[good]),
         "bbox_wh.png": draw_sizes(wh, found[max(found)][0], unit),
         "anchors.png": draw_anchors(found),
-        "anchors_iou.png": draw_gain(tried),
+        "anchors_iou.png": draw_gain(found),
         "anchors.json": json.dumps({"unit": unit, "anchors": {
             k: {"mean_iou": score, "width_height": anchors.tolist()}
             for k, (anchors, score) in found.items()}}),
@@ -465,7 +456,7 @@ class Reader:
                 if end + 2 < len(self.text) or not self.more():  # else "1" may become "1e+5"
                     self.at = end
                     return value
-            except (ValueError, TypeError, RecursionError):  # TypeError: the pattern is not found
+            except (ValueError, TypeError):  # TypeError: the pattern is not found
                 if len(self.text) - self.at > LONGEST or not self.more():
                     raise BadInput(f"broken or cut off after {self.place}: "
                                    "export or download it again") from None
@@ -475,7 +466,7 @@ class Reader:
         end, self.batch = self.batch, 0
         try:
             found = json.loads(f"[{self.text[self.at:end]}]")
-        except (ValueError, RecursionError):
+        except ValueError:
             return []
         if found:
             self.at = end
@@ -520,7 +511,7 @@ def read_lines(stream):
             text = "{" + re.sub(r"\b(\w+)\s*:", r'"\1":', text) + "}"
         try:
             record = json.loads(text)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise BadInput(f"line {number}, {short(line)!r}: {EXPECTED}") from None
         if record:
             yield "annotations", number, record
@@ -537,7 +528,7 @@ def to_floats(values):
         floats = [float(value) for value in values]
         if sum(map(abs, floats)) < 1e9:
             return floats
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         pass
     return [np.nan, np.nan]
 
@@ -591,7 +582,7 @@ class Annotations:
         text.seek(0)
         try:
             is_record = not self.ids.keys() & json.loads(start.split("\n")[0]).keys()
-        except (ValueError, RecursionError, AttributeError):  # the first line is no object
+        except (ValueError, AttributeError):  # the first line is no object
             is_record = start[:1] not in ("{", "[")
         self.is_coco = start.startswith("{") and not is_record
         self.class_key = "category_id" if self.is_coco or "category_id" in start else "id"
