@@ -5,8 +5,9 @@
     python gradcam.py runs/tiny-imagenet-resnet18 cat.jpg      # your own pictures, of any size
     python gradcam.py runs/tiny-imagenet-resnet18 --evaluate   # are the maps on the objects?
 
-The first two write gradcam.png and gradcam-actual.png into the run's folder, the third prints the
-five most probable classes and writes pictures.png, the last prints a table with a row per layer.
+The first two write gradcam-predicted.png and gradcam-actual.png into the run's folder, the third
+prints the five most probable classes and writes pictures.png, the last prints a table with a row
+per layer.
 
 Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) asks how much the score of a class would grow if
 a feature map were stronger. That gradient, averaged over positions, is the weight of the map. The
@@ -14,6 +15,7 @@ weighted sum of all maps of a layer, where it is positive, shows what supports t
 """
 import argparse
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -62,7 +64,7 @@ class GradCAM:
             # .forward: calling a compiled network would run code without hooks.
             with torch.enable_grad(), torch.autocast(
                     images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.network.eval().forward(images.detach().clone().requires_grad_())
+                logits = self.network.eval().forward(images.detach().requires_grad_())
                 classes = logits.argmax(1) if classes is None else classes
                 # Summing is safe: each score depends on its own image only. In fp16, gradients
                 # would become 0 without the factor; it does not change the scaled maps.
@@ -103,34 +105,28 @@ def pointing_game(maps, boxes):
     return (top & inside).sum((1, 2)) / top.sum((1, 2))
 
 
-def evaluate(cam, dataset, indices, resolution, min_crop, device, target="predicted"):
+def evaluate(cam, batches, resolution, target="predicted"):
     """Returns a Markdown table: the pointing game for each layer, a flat map, a central point."""
-    batches = data.Batches(dataset, indices, 128, device, min_crop=min_crop)
-    border = data.margin(min_crop)
+    border = data.margin(batches.min_crop)
     side = data.SIZE - 2 * border
-    flat = torch.ones(1, side, side, device=device)
+    flat = torch.ones(1, side, side)
     centre = F.pad(flat[:, :2, :2], [side // 2 - 1] * 4)
-    boxes = (dataset.boxes[indices] - border).to(device)  # as the network sees them
-    scores, correct, done, progress = {}, [], 0, data.Progress()
-    for images, labels, *_ in batches.epoch(0, resolution):
+    scores, correct, progress = [], [], data.Progress()
+    for images, labels, indices in batches.epoch(0, resolution):
         maps = cam(images, labels if target == "actual" else None, (side, side))
-        maps |= {"a flat map": flat.expand(len(images), -1, -1),
-                 "a point at the centre": centre.expand(len(images), -1, -1)}
-        for name, heat in maps.items():
-            score = pointing_game(heat, boxes[done:done + len(images)])
-            scores.setdefault(name, []).append(score.cpu())
+        maps |= {"a flat map": flat, "a point at the centre": centre}
+        boxes = batches.dataset.boxes[indices] - border  # as the network sees them
+        scores.append(torch.stack([pointing_game(heat.cpu(), boxes) for heat in maps.values()]))
         correct.append((cam.logits.argmax(1) == labels).cpu())
-        done += len(images)
-        progress.show(f"Grad-CAM {done / len(indices):4.0%}")
+        progress.show(f"Grad-CAM {len(correct) / len(batches):4.0%}")
     correct = torch.cat(correct)
     lines = [f"Pointing game: is the maximum of the {target} class's map in the object's box? In "
              f"percent of {len(correct):,} validation images, of which {correct.sum():,} are "
              "classified correctly:", "",
              "| map | all | correct | wrong |", "| --- | ---: | ---: | ---: |"]
-    for name, parts in scores.items():
-        score = 100 * torch.cat(parts)
+    for name, score in zip(maps, 100 * torch.cat(scores, dim=1)):
         cells = [f"{score[group].mean():.1f}" if group.any() else "-"
-                 for group in (correct | True, correct, ~correct)]
+                 for group in (torch.ones_like(correct), correct, ~correct)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -146,8 +142,7 @@ def draw(images, maps, titles, heading, path, boxes=None):
                                 figsize=(cell * len(images) + 1.2, cell * (1 + len(maps)) + 1))
     figure.suptitle(heading + "\n" + textwrap.fill(
         "Red supports the class most, blue least; each map is scaled by itself. Frame: the "
-        "object's box. Dark margin: not shown to the network.", int(16 * cell * len(images))),
-        fontsize=10)
+        "object's box.", int(16 * cell * len(images))), fontsize=10)
     for (name, heat), row in zip({"input": None, **maps}.items(), axes):
         row[0].set_ylabel(name)
         for column, axis in enumerate(row):
@@ -157,14 +152,11 @@ def draw(images, maps, titles, heading, path, boxes=None):
                 axis.set_title(titles[column], fontsize=8)
             else:
                 axis.imshow(images[column].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
-                colours = axis.imshow(heat[column].cpu().numpy(), cmap="turbo", vmin=0, vmax=1,
-                                      alpha=0.5)
+                axis.imshow(heat[column].cpu().numpy(), cmap="turbo", vmin=0, vmax=1, alpha=0.5)
                 if not heat[column].any():
                     axis.set_xlabel("flat", fontsize=8)
             if boxes is not None:
                 data.draw_box(axis, boxes[column], "white")
-    bar = figure.colorbar(colours, ax=axes, shrink=0.5, ticks=[0, 1])
-    bar.ax.set_yticklabels(["least", "most"])
     data.save_figure(figure, path)
 
 
@@ -173,35 +165,26 @@ def wrap(*lines, width=22):
     return "\n".join(textwrap.fill(line, width, max_lines=3, placeholder=" ...") for line in lines)
 
 
-def maps_of(cam, images, classes, resolution, min_crop, device):
-    """Maps (N, 64, 64) of images (N, 3, 64, 64) uint8; 0 in the margin that validation cuts off."""
-    border = data.margin(min_crop)
-    maps = cam(data.for_validation(images.to(device), resolution, min_crop), classes,
-               [data.SIZE - 2 * border] * 2)
-    return {name: F.pad(heat, [border] * 4) for name, heat in maps.items()}
-
-
-def draw_misclassified(cam, dataset, indices, resolution, min_crop, device, path,
-                       target="predicted", count=10):
-    """Draws misclassified images of indices (correct ones if there are no others), with maps."""
-    order, wrong, done, names = data.shuffled(indices), [], 0, dataset.class_names
-    batches = data.Batches(dataset, order, 128, device, min_crop=min_crop)
-    for images, labels, *_ in batches.epoch(0, resolution):
+def draw_misclassified(cam, batches, resolution, path, target="predicted", count=10):
+    """Draws misclassified images (correct ones if there are no others), with maps."""
+    dataset, names, wrong = batches.dataset, batches.dataset.class_names, []
+    batches = replace(batches, indices=data.shuffled(batches.indices))
+    for images, labels, indices in batches.epoch(0, resolution):
         with torch.no_grad():
             predicted = model.forward(cam.network.eval(), images, cam.dtype).argmax(1)
-        wrong += order[done:done + len(images)][(predicted != labels).cpu()].tolist()
-        done += len(images)
+        wrong += indices[(predicted != labels).cpu()].tolist()
         if len(wrong) >= count:
             break
-    chosen = torch.tensor(wrong or order.tolist())[:count]
-    images, labels = dataset.images[chosen].cpu(), dataset.labels[chosen]
-    maps = maps_of(cam, images, labels.to(device) if target == "actual" else None, resolution,
-                   min_crop, device)
+    chosen = torch.tensor(wrong or batches.indices.tolist())[:count]
+    batches = replace(batches, indices=chosen, batch_size=count)
+    images, labels, indices = next(batches.epoch(0, resolution))
+    pixels = data.without_margin(dataset.images[indices], batches.min_crop)  # what it sees, uint8
+    maps = cam(images, labels if target == "actual" else None, pixels.shape[2:])
     titles = [wrap(f"predicted: {names[guess]}", f"actual: {names[label]}")
               for guess, label in zip(cam.logits.argmax(1).tolist(), labels.tolist())]
     kind = "misclassified" if wrong else "correctly classified"
-    draw(images, maps, titles, f"Grad-CAM of the {target} class: {kind} validation images", path,
-         dataset.boxes[chosen])
+    draw(pixels.cpu(), maps, titles, f"Grad-CAM of the {target} class: {kind} validation images",
+         path, dataset.boxes[indices] - data.margin(batches.min_crop))
 
 
 def read_picture(path):
@@ -218,7 +201,8 @@ def read_picture(path):
 def draw_pictures(cam, files, class_names, resolution, min_crop, device, path):
     """Prints the five most probable classes of each picture; draws the maps of the first."""
     images, titles = torch.stack([read_picture(file) for file in files]), []
-    maps = maps_of(cam, images, None, resolution, min_crop, device)
+    images = data.without_margin(images, min_crop)
+    maps = cam(data.prepare(images.to(device), resolution), size=images.shape[2:])
     for file, probabilities in zip(files, cam.logits.softmax(1)):
         best, labels = (part.tolist() for part in probabilities.topk(min(5, len(class_names))))
         print(file)
@@ -253,10 +237,10 @@ def main():
     cam = GradCAM(model.restore(checkpoint, device), args.layers and args.layers.split(","), dtype)
     # as in its last epoch so far
     resolution = history[-1]["resolution"] if history else config["resolutions"][0]
-    view = resolution, config["min_crop"], device
     if args.pictures:
         out = args.out or file.parent / "pictures.png"
-        draw_pictures(cam, args.pictures, checkpoint["classes"], *view, out)
+        draw_pictures(cam, args.pictures, checkpoint["classes"], resolution, config["min_crop"],
+                      device, out)
         print(f"wrote {out}")
         return
     data_dir = Path(args.data_dir or config["data_dir"])
@@ -264,14 +248,12 @@ def main():
         raise UsageError(f"{data_dir}: no {data.FOLDER} in this folder: name it with --data-dir")
     dataset = data.load(config["dataset"], data_dir, config["seed"], config["classes"])
     _, indices = data.split(dataset, config["split"], config["seed"])
+    batches = data.Batches(dataset, indices, 128, device, min_crop=config["min_crop"])
     if args.evaluate:
-        print(evaluate(cam, dataset, indices, *view, args.target))
+        print(evaluate(cam, batches, resolution, args.target))
     else:
-        # gradcam.png is the report's; other checkpoints, layers and targets have other names
-        parts = ["gradcam", file.stem.removeprefix("last"), args.layers,
-                 args.target.removeprefix("predicted")]
-        out = args.out or file.parent / ("-".join(filter(None, parts)) + ".png")
-        draw_misclassified(cam, dataset, indices, *view, out, args.target)
+        out = args.out or file.parent / f"gradcam-{args.target}.png"
+        draw_misclassified(cam, batches, resolution, out, args.target)
         print(f"wrote {out}")
 
 

@@ -255,9 +255,6 @@ class TinyImageNet(InFolder):
         again = data.load()
         self.assertEqual((again.wnids, again.class_names), (first.wnids, first.class_names))
         close(list(again[1:5]), list(first[1:5]), atol=0)
-        shutil.move("elsewhere", self.tree)
-        Path("data", data.CACHE).write_bytes(b"not a cache")
-        close(data.load().images, first.images, atol=0)
 
     def test_an_incomplete_folder_is_named(self):
         jpeg = self.tree / "train/n02/images/n02_0.JPEG"
@@ -352,7 +349,7 @@ class SplitsAndBatches(unittest.TestCase):
         self.assertEqual(sorted(sum(parts, [])), sorted(whole))
         for options in {"epoch": 2}, {"seed": 1}:
             self.assertNotEqual(seen(augment=True, **options)[0], whole)
-        self.assertEqual(seen(), ([*range(601)], [85, 86, 86, 86, 86, 86, 86]))
+        self.assertEqual(seen(), ([*range(601)], [100] * 6 + [1]))
 
     def test_crops_and_flips_are_torchvisions(self):
         images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
@@ -461,7 +458,7 @@ class Training(Commands):
         dataset, network = data.shapes(per_class=5), model.create("resnet18", 10, 4)
         batches = data.Batches(dataset, torch.arange(50), 16, "cpu")
         loss, accuracy, top5, predicted, confidence = train.evaluate(
-            network, batches, 32, torch.float32, data.Progress())
+            network, batches, 32, torch.float32)
         with torch.no_grad():
             logits = network(data.prepare(dataset.images, 32))
         close(loss, F.cross_entropy(logits, dataset.labels).item(), atol=1e-4)
@@ -528,8 +525,7 @@ class Training(Commands):
         # each validated half of the images; together they found what one process finds
         checkpoint, dataset = model.load_checkpoint("two/last.pt"), data.load()
         batches = data.Batches(dataset, data.split(dataset)[1], 1000, "cpu", min_crop=0.35)
-        found = train.evaluate(model.restore(checkpoint), batches, 22, torch.float32,
-                               data.Progress())
+        found = train.evaluate(model.restore(checkpoint), batches, 22, torch.float32)
         row = checkpoint["history"][0]
         np.testing.assert_allclose([row["val_loss"], row["val_accuracy"], row["val_top5"]],
                                    found[:3], rtol=1e-4)
@@ -568,7 +564,7 @@ class Training(Commands):
                 (("--resume", "nowhere"), "nowhere/last.pt")):
             with mock.patch.object(data, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip"):
                 self.assertRefused(call(train, *arguments), *words)
-        for words in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"):
+        for words in ("CUDA out of memory", "not enough memory: you tried to allocate 9 bytes"):
             with mock.patch.object(train, "fit", side_effect=RuntimeError(words)):
                 self.assertRefused(call(train, *FLAGS), "out of memory", "--batch-size")
         self.assertEqual(before, {path: path.read_bytes() for path in RUN.iterdir()})
@@ -655,8 +651,8 @@ class GradCam(unittest.TestCase):
         network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.ReLU(),
                                       torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
         network[0].weight.data[:] = torch.tensor([1, 0.5])[:, None, None, None]  # always class 0
-        text = gradcam.evaluate(gradcam.GradCAM(network, ["1"]), dataset, torch.arange(40), 52,
-                                0.35, torch.device("cpu"))
+        batches = data.Batches(dataset, torch.arange(40), 16, "cpu", min_crop=0.35)
+        text = gradcam.evaluate(gradcam.GradCAM(network, ["1"]), batches, 52)
         for words in ("40 validation images, of which 20 are classified correctly:",
                       "| 1 | 100.0 | 100.0 | 100.0 |",
                       f"| a flat map | {100 * (16 / 52)**2:.1f} |"):  # 52 of 64 pixels are shown
@@ -683,11 +679,9 @@ class GradCamCommand(InFolder):
         (images, maps, titles, _, path, _), (again, others, _, _, other, _) = (
             c.args for c in draw.call_args_list)
         close(images, again, atol=0)
-        self.assertEqual((str(path), str(other)), ("gradcam.png", "gradcam-actual.png"))
+        self.assertEqual((str(path), str(other)), ("gradcam-predicted.png", "gradcam-actual.png"))
         self.assertEqual(list(maps), LAYERS)
         self.assertFalse(maps["layer2"].equal(others["layer2"]))
-        for heat in others.values():  # 0 in the margin, which the network does not see
-            close(heat, F.pad(heat[:, 6:58, 6:58], [6] * 4), atol=0)
         for title in titles:
             predicted, actual = title.split("\nactual: ")
             self.assertNotEqual(predicted, f"predicted: {actual}")
@@ -705,7 +699,7 @@ class GradCamCommand(InFolder):
         for name in ("plain.png", "rgba.png", "exif.png"):
             self.assertLessEqual((gradcam.read_picture(name) - expected).abs().max(), 8, name)
         _, out, _ = call(gradcam, "--device", "cpu", ".", "plain.png")
-        square = data.for_validation(gradcam.read_picture("plain.png")[None], 16, 0.35)
+        square = data.prepare(gradcam.read_picture("plain.png")[None, :, 6:58, 6:58], 16)
         with torch.no_grad():  # 16 pixels: the last epoch's
             best = model.restore(self.checkpoint)(square).softmax(1)[0].topk(5)
         self.assertEqual(out.splitlines()[1:6], [

@@ -18,9 +18,9 @@ import itertools
 import math
 import os
 import shlex
-import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +38,8 @@ import gradcam
 import model
 from data import UsageError
 
-# The defaults of each data set; what each ingredient is worth: assets/measurements.md. The epochs
-# are divided evenly among the resolutions, as small images train faster (Howard 2018, fast.ai).
+# The defaults of each data set; what each ingredient is worth: assets/measurements.md. Each
+# resolution gets the same number of epochs; small images train faster (Howard 2018, fast.ai).
 RECIPES = {
     "tiny-imagenet": {"epochs": 50, "resolutions": [32, 32, 32, 32, 64], "stem_stride": 2,
                       "batch_size": 256, "max_lr": 0.2, "min_crop": 0.35, "cutmix": 0.25},
@@ -101,12 +101,13 @@ class Learner(NamedTuple):
     dtype: torch.dtype            # of the convolutions
 
 
-def fit(learner, batches, val_batches, history, args, folder, class_names):
+def fit(learner, batches, val_batches, history, args, folder):
     """The training loop: epochs len(history) + 1 ... args.epochs; appends a row each to history.
 
     Writes into folder, which is None in all processes but the first.
     """
     network, optimizer, scaler, dtype = learner
+    class_names = batches.dataset.class_names
     replica = network  # or its wrapper, which averages gradients over the processes
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
@@ -127,14 +128,17 @@ def fit(learner, batches, val_batches, history, args, folder, class_names):
             scaler.step(optimizer)
             scaler.update()
             totals += tally(log_probabilities.detach(), labels)
-            if progress.due() or index + 1 == len(batches):  # reading a number waits for the GPU
-                show_progress(progress, totals, args, epoch, (index + 1) / len(batches), start)
+            if progress.due():  # reading a number waits for the GPU
+                progress.show(f"epoch {epoch:2} {index / len(batches):4.0%}  "
+                              f"loss {totals[0] / totals[3]:.3f}")
 
         train_loss, train_accuracy, _ = mean(totals)
+        if not math.isfinite(train_loss):
+            raise UsageError(f"the loss is {train_loss} in epoch {epoch}: try "
+                             f"--max-lr {args.max_lr / 10:g}")
         average_statistics(network)
-        # At the training resolution: because of zero padding, others cost 7 points or more.
-        val_loss, val_accuracy, val_top5, *_ = evaluate(network, val_batches, resolution, dtype,
-                                                         progress)
+        # at the training resolution: others cost 7 points or more, because of zero padding
+        val_loss, val_accuracy, val_top5, *_ = evaluate(network, val_batches, resolution, dtype)
         seconds = time.monotonic() - start
         history.append({"epoch": epoch, "resolution": resolution, "lr": lr,
                         "train_loss": train_loss, "train_accuracy": train_accuracy,
@@ -145,7 +149,7 @@ def fit(learner, batches, val_batches, history, args, folder, class_names):
         print(f"epoch {epoch:2}/{args.epochs}  {resolution} pixels  training loss {train_loss:.3f}"
               f" accuracy {train_accuracy:6.2%}  validation loss {val_loss:.3f} accuracy "
               f"{val_accuracy:6.2%} top-5 {val_top5:6.2%}  {seconds:.0f} s", flush=True)
-        if val_accuracy == max(row["val_accuracy"] for row in history):
+        if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
             save(folder / "best.pt", learner, history, args, class_names, with_optimizer=False)
         write_rows(folder / "history.csv", history)
         if time.monotonic() - drawn > 30:
@@ -182,12 +186,13 @@ def average_statistics(network):
 
 
 @torch.no_grad()
-def evaluate(network, batches, resolution, dtype, progress):
+def evaluate(network, batches, resolution, dtype):
     """Returns mean loss, top-1 and top-5 accuracy, and of each image of this process the predicted
     class and its probability.
     """
     network.eval()
     totals, predictions = torch.zeros(4, device=batches.device), []
+    progress = data.Progress(quiet=batches.rank > 0)
     for images, labels, *_ in batches.epoch(0, resolution):
         log_probabilities = model.forward(network, images, dtype)
         totals += tally(log_probabilities, labels)
@@ -200,21 +205,6 @@ def evaluate(network, batches, resolution, dtype, progress):
 def resolution_at(epoch, args):
     """The side of the training images in pixels in an epoch, 1 ... epochs."""
     return args.resolutions[math.ceil(epoch * len(args.resolutions) / args.epochs) - 1]
-
-
-def show_progress(progress, totals, args, epoch, done, start):
-    """done: fraction of the epoch's steps. Raises UsageError if the loss is not finite."""
-    loss = (totals[0] / totals[3]).item()
-    if not math.isfinite(loss):
-        raise UsageError(f"the loss is {loss} in epoch {epoch}: try --max-lr {args.max_lr / 10:g}")
-    # An image costs by its pixels. Training takes 85 % of an epoch, validation the rest.
-    costs = [resolution_at(e, args)**2 for e in range(epoch, args.epochs + 1)]
-    left = (time.monotonic() - start) / (0.85 * done) * (sum(costs) / costs[0] - 0.85 * done)
-    progress.show(f"epoch {epoch:2} {done:4.0%}  loss {loss:.3f}  {clock(left)} left")
-
-
-def clock(seconds):
-    return datetime.timedelta(seconds=int(seconds))  # printed as 6:48:05
 
 
 def config(args):
@@ -251,21 +241,20 @@ def draw_curves(history, path):
               "Accuracy": {"train_accuracy": "training (augmented)", "val_accuracy": "validation",
                            "val_top5": "validation, top-5"},
               "Learning rate": {"lr": "at the end of the epoch"}}
-    epochs, resolutions = ([row[key] for row in history] for key in ("epoch", "resolution"))
-    changes = [e for e, a, b in zip(epochs, resolutions, resolutions[1:]) if a != b]
+    epochs = [row["epoch"] for row in history]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, (title, columns) in zip(axes, panels.items()):
         for column, label in columns.items():
             axis.plot(epochs, [row[column] for row in history], ".-", label=label)
-        for epoch in changes:
-            axis.axvline(epoch + 0.5, color="0.4", linestyle=":")
+        for row, following in itertools.pairwise(history):
+            if row["resolution"] != following["resolution"]:
+                axis.axvline(row["epoch"] + 0.5, color="0.4", linestyle=":",
+                             label=f"from here {following['resolution']} pixels")
         axis.legend()
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
     axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1))
-    sides = ", ".join(map(str, dict.fromkeys(resolutions)))
-    figure.suptitle(f"Images of {sides} pixels; dotted: the resolution changes", fontsize=10)
     data.save_figure(figure, path)
 
 
@@ -306,27 +295,25 @@ def tabulate_classes(names, labels, predicted):
     return rows, "\n".join(lines)
 
 
-def write_report(learner, dataset, train_indices, val_indices, history, args, folder, hardware):
+def write_report(learner, batches, val_batches, history, args, folder, hardware):
     """Writes report.md, its pictures, and classes.csv."""
-    network, dtype = learner.network, learner.dtype
-    device, resolution = next(network.parameters()).device, args.resolutions[-1]
-
-    def predict(indices):
-        batches = data.Batches(dataset, indices, args.batch_size, device, min_crop=args.min_crop)
-        return evaluate(network, batches, resolution, dtype, data.Progress())
-
+    network, dtype, resolution = learner.network, learner.dtype, args.resolutions[-1]
+    val_batches = replace(val_batches, rank=0, world_size=1)  # all images in this process
+    dataset, val_indices = val_batches.dataset, val_batches.indices
     print("writing the report ...", flush=True)
-    _, final, top5, predicted, confidence = predict(val_indices)
-    _, plain, *_ = predict(data.shuffled(train_indices)[:10_000])
+    _, final, top5, predicted, confidence = evaluate(network, val_batches, resolution, dtype)
+    sample = replace(val_batches, indices=data.shuffled(batches.indices)[:10_000])
+    _, plain, *_ = evaluate(network, sample, resolution, dtype)
     best = max(history, key=lambda row: row["val_accuracy"])
     classes, tables = tabulate_classes(dataset.class_names, dataset.labels[val_indices], predicted)
-    cam, view = gradcam.GradCAM(network, dtype=dtype), (resolution, args.min_crop, device)
-    maps = gradcam.evaluate(cam, dataset, data.shuffled(val_indices)[:1000], *view)
+    cam = gradcam.GradCAM(network, dtype=dtype)
+    sample = replace(val_batches, indices=data.shuffled(val_indices)[:1000])
+    maps = gradcam.evaluate(cam, sample, resolution)
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val_indices, predicted, confidence, folder / "misclassified.png")
-    gradcam.draw_misclassified(cam, dataset, val_indices, *view, folder / "gradcam.png")
+    gradcam.draw_misclassified(cam, val_batches, resolution, folder / "gradcam.png")
     write_rows(folder / "classes.csv", classes)
-    seconds = sum(row["seconds"] for row in history)
+    took = datetime.timedelta(seconds=round(sum(row["seconds"] for row in history)))
     parameters = sum(p.numel() for p in network.parameters())
     settings = {"hardware": hardware, "parameters": f"{parameters:,}", **config(args)}
     settings = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
@@ -334,8 +321,8 @@ def write_report(learner, dataset, train_indices, val_indices, history, args, fo
         temporary.write_text(f"""# {args.model} on {dataset.name}
 
 **{final:.2%} validation accuracy** (top-5 {top5:.2%}) after {args.epochs} epochs, which took
-{clock(seconds)} hours. The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was
-chosen on the validation images.
+{took} hours. The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was chosen on
+the validation images.
 
 On training images without augmentation the accuracy is {plain:.2%}, {100 * (plain - final):+.1f}
 points against the validation images; with augmentation {history[-1]["train_accuracy"]:.2%}.
@@ -381,9 +368,9 @@ def bare_step(learner, batch, smoothing):
     return loss.detach()
 
 
-def benchmark(learner, batches, args, rounds=5):
-    """Prints images/s of steps on one batch that is repeated and on real batches, in turn."""
-    steps = 1 if batches.device.type == "cpu" else min(len(batches), 100)
+def benchmark(learner, batches, args):
+    """Prints images/s of training steps, on the batches of an epoch and on one that is repeated."""
+    steps = min(len(batches), 3 if batches.device.type == "cpu" else 100)
 
     def measure(source):
         start = time.perf_counter()
@@ -397,9 +384,7 @@ def benchmark(learner, batches, args, rounds=5):
     for resolution in sorted(set(args.resolutions)):
         batch = next(batches.epoch(1, resolution))
         measure([batch])  # warm-up
-        rates = [(measure(itertools.repeat(batch)), measure(batches.epoch(1, resolution)))
-                 for _ in range(rounds)]
-        bare, real = map(statistics.median, zip(*rates))
+        real, bare = measure(batches.epoch(1, resolution)), measure(itertools.repeat(batch))
         print(f"{resolution} pixels: {real:,.0f} images/s; {bare:,.0f} without loading", flush=True)
 
 
@@ -461,24 +446,21 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="of split, weights, augmentation and shapes: 0")
     add("--device", default="auto", help="cuda, mps or cpu: a GPU if there is one")
     add("--out", type=Path, help="new folder of the run, or picture of --find-lr")
-    add("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    add("--resume", type=lambda run: Path(run.removesuffix("last.pt")), metavar="RUN",
+        help="continue the run in this folder")
     add("--compile", action="store_true", help="use torch.compile; it needs a C++ compiler")
     add("--find-lr", action="store_true", help="learning-rate range test instead of training")
     add("--benchmark", action="store_true", help="measure the speed instead of training")
-    args = parser.parse_args()
-    if not args.resume:
-        for key, value in RECIPES[args.dataset].items():
-            if getattr(args, key) is None:
-                setattr(args, key, value)
-        args.command = shlex.join(["python", "train.py", *sys.argv[1:]])
-        return args, None
-    run = args.resume.parent if args.resume.is_file() else args.resume  # RUN/last.pt or RUN
-    checkpoint = model.load_checkpoint(run / "last.pt")
-    parser.set_defaults(**checkpoint["config"])
-    args = parser.parse_args()  # again: the run's flags are the defaults now
-    args.resume = run
-    for key, value in checkpoint["config"].items():
-        if getattr(args, key) != value and key != "data_dir":
+    args, checkpoint = parser.parse_args(), None
+    command = shlex.join(["python", "train.py", *sys.argv[1:]])
+    defaults = {**RECIPES[args.dataset], "command": command}
+    if args.resume:
+        checkpoint = model.load_checkpoint(args.resume / "last.pt")
+        defaults = checkpoint["config"]
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()  # again, with these defaults
+    for key, value in defaults.items():
+        if checkpoint and getattr(args, key) != value and key != "data_dir":
             raise UsageError(f"--resume: this run has --{key.replace('_', '-')} {value}, which "
                              "cannot change: leave out the flag, or start a new run")
     return args, checkpoint
@@ -524,31 +506,30 @@ def main():
 
     torch.manual_seed(args.seed)
     dtype = model.choose_dtype(args.precision, device)
-    network = (model.restore(checkpoint, device) if checkpoint else model.place(
-        model.create(args.model, len(dataset.class_names), args.stem_stride), device))
+    network = model.create(args.model, len(dataset.class_names), args.stem_stride)
+    network = model.place(network, device)
     if world_size > 1 and device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if args.compile:
         network.compile()
     optimizer = make_optimizer(network, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    learner, history = Learner(network, optimizer, scaler, dtype), []
     if checkpoint:
+        history = checkpoint["history"]
+        network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
-    learner = Learner(network, optimizer, scaler, dtype)
-    history = checkpoint["history"] if checkpoint else []
 
-    share = {"min_crop": args.min_crop, "rank": rank, "world_size": world_size}
     batches = data.Batches(dataset, train_indices, args.batch_size, device, augment=True,
-                           cutmix=args.cutmix, seed=args.seed, **share)
-    val_batches = data.Batches(dataset, val_indices, args.batch_size, device, **share)
-    if world_size > 1 and (args.benchmark or args.find_lr):
-        raise UsageError("--benchmark and --find-lr need a single process: start without torchrun")
+                           min_crop=args.min_crop, cutmix=args.cutmix, seed=args.seed, rank=rank,
+                           world_size=world_size)
+    val_batches = replace(batches, indices=val_indices, augment=False)
     if args.benchmark:
         return benchmark(learner, batches, args)
     if args.find_lr:
         return find_lr(learner, batches, args, args.out or Path("find-lr.png"))
-    if device.type != "cpu":  # try the largest images now: memory should not run out in epoch 34
+    if device.type != "cpu":  # try the largest images now: memory should not run out in epoch 41
         images, labels, *_ = next(batches.epoch(1, max(args.resolutions)))
         F.nll_loss(model.forward(network.eval().forward, images, dtype), labels).backward()
 
@@ -562,11 +543,11 @@ def main():
               f"interrupted, continue with --resume {shlex.quote(folder.as_posix())}", flush=True)
         if not checkpoint:
             save(folder / "last.pt", learner, history, args, dataset.class_names)
-    fit(learner, batches, val_batches, history, args, folder, dataset.class_names)
+    fit(learner, batches, val_batches, history, args, folder)
     if world_size > 1:
         dist.destroy_process_group()
     if rank == 0:
-        write_report(learner, dataset, train_indices, val_indices, history, args, folder, hardware)
+        write_report(learner, batches, val_batches, history, args, folder, hardware)
 
 
 if __name__ == "__main__":
