@@ -287,7 +287,7 @@ def draw_anchors(found):
 def draw_gain(found):
     figure, axes = plt.subplots()
     axes.plot(list(found), [score for _, score in found.values()], "o-", color=BLUE)
-    axes.set(xlabel="anchors", ylabel="mean IoU")
+    axes.set(xlabel="anchors", ylabel="mean IoU", xticks=list(found))
     return figure
 
 
