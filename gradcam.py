@@ -141,8 +141,8 @@ def draw(images, maps, titles, heading, path, boxes=None):
     figure, axes = plt.subplots(1 + len(maps), len(images), squeeze=False, layout="constrained",
                                 figsize=(cell * len(images) + 1.2, cell * (1 + len(maps)) + 1))
     figure.suptitle(heading + "\n" + textwrap.fill(
-        "Red supports the class most, blue least; each map is scaled by itself. Frame: the "
-        "object's box.", int(16 * cell * len(images))), fontsize=10)
+        "Red supports the class most, blue least; each map is scaled by itself.",
+        int(16 * cell * len(images))), fontsize=10)
     for (name, heat), row in zip({"input": None, **maps}.items(), axes):
         row[0].set_ylabel(name)
         for column, axis in enumerate(row):
@@ -183,8 +183,9 @@ def draw_misclassified(cam, batches, resolution, path, target="predicted", count
     titles = [wrap(f"predicted: {names[guess]}", f"actual: {names[label]}")
               for guess, label in zip(cam.logits.argmax(1).tolist(), labels.tolist())]
     kind = "misclassified" if wrong else "correctly classified"
-    draw(pixels.cpu(), maps, titles, f"Grad-CAM of the {target} class: {kind} validation images",
-         path, dataset.boxes[indices] - data.margin(batches.min_crop))
+    heading = f"Grad-CAM of the {target} class: {kind} validation images and their objects' boxes"
+    draw(pixels.cpu(), maps, titles, heading, path,
+         dataset.boxes[indices] - data.margin(batches.min_crop))
 
 
 def read_picture(path):
