@@ -41,7 +41,7 @@ from data import UsageError
 # The defaults of each data set; what each ingredient is worth: assets/measurements.md. Each
 # resolution gets the same number of epochs; small images train faster (Howard 2018, fast.ai).
 RECIPES = {
-    "tiny-imagenet": {"epochs": 50, "resolutions": [32, 32, 32, 32, 64], "stem_stride": 2,
+    "tiny-imagenet": {"epochs": 50, "resolutions": [64], "stem_stride": 1,
                       "batch_size": 256, "max_lr": 0.2, "min_crop": 0.35, "cutmix": 0.25},
     "shapes": {"epochs": 3, "resolutions": [48, 64], "stem_stride": 4,
                "batch_size": 64, "max_lr": 0.05, "min_crop": 1.0, "cutmix": 0.0},
@@ -430,10 +430,10 @@ def parse_arguments():
     add("--classes", type=int, help="use the first so many classes only: all")
     add("--model", choices=model.MODELS, default="resnet18", help="resnet18")
     add("--stem-stride", type=int, choices=(4, 2, 1),
-        help="ResNet18 shrinks images by this first; 4 is fastest: 2 (shapes: 4)")
+        help="ResNet18 shrinks images by this first; 4 is fastest: 1 (shapes: 4)")
     add("--epochs", type=int, help="50 (shapes: 3)")
     add("--resolutions", type=int, nargs="+", metavar="PIXELS",
-        help="image sides, for equal parts of the epochs: 32 32 32 32 64 (shapes: 48 64)")
+        help="image sides, for equal parts of the epochs: 64 (shapes: 48 64)")
     add("--batch-size", type=int, help="of all processes together: 256 (shapes: 64)")
     add("--max-lr", type=float, help="peak of OneCycle: 0.2 (shapes: 0.05)")
     add("--weight-decay", type=float, default=5e-4, help="0.0005")
