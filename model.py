@@ -161,7 +161,7 @@ def initialise(network):
 MODELS = ("resnet18", "customresnet")
 
 
-def create(name, num_classes, stem_stride=2):
+def create(name, num_classes, stem_stride=1):
     """Returns one of MODELS; stem_stride is for resnet18 only."""
     return ResNet18(num_classes, stem_stride) if name == "resnet18" else CustomResNet(num_classes)
 
@@ -298,7 +298,7 @@ def main():
     parser = argparse.ArgumentParser(description="Prints the networks, layer by layer.")
     parser.add_argument("--num-classes", type=int, default=200, help="200")
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels, from 22: 64")
-    parser.add_argument("--stem-stride", type=int, default=2, choices=(4, 2, 1), help="2")
+    parser.add_argument("--stem-stride", type=int, default=1, choices=(4, 2, 1), help="1")
     args = parser.parse_args()
     for name in MODELS:
         print_table(create(name, args.num_classes, args.stem_stride), args.image_size)
