@@ -38,8 +38,8 @@ class GradCAM:
     (N, *size) in [0, 1]}, each scaled by itself; 0 everywhere if it is flat. size: by default H, W.
     `logits` (N, classes) holds the output of the last call.
 
-    Puts the network into eval mode. Works on frozen weights, inside no_grad and after
-    network.compile(). Raises UsageError for unknown layers.
+    Puts the network into eval mode. Works on frozen weights and inside no_grad. Raises UsageError
+    for unknown layers.
     """
 
     def __init__(self, network, layers=None, dtype=torch.float32):
@@ -61,10 +61,9 @@ class GradCAM:
         handles = [layer.register_forward_hook(hook) for layer in self.layers.values()]
         try:
             # enable_grad and requires_grad_: a graph also inside no_grad, and with frozen weights.
-            # .forward: calling a compiled network would run code without hooks.
             with torch.enable_grad(), torch.autocast(
                     images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.network.eval().forward(images.detach().requires_grad_())
+                logits = self.network.eval()(images.detach().requires_grad_())
                 classes = logits.argmax(1) if classes is None else classes
                 # Summing is safe: each score depends on its own image only. In fp16, gradients
                 # would become 0 without the factor; it does not change the scaled maps.

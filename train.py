@@ -448,7 +448,6 @@ def parse_arguments():
     add("--out", type=Path, help="new folder of the run, or picture of --find-lr")
     add("--resume", type=lambda run: Path(run.removesuffix("last.pt")), metavar="RUN",
         help="continue the run in this folder")
-    add("--compile", action="store_true", help="use torch.compile; it needs a C++ compiler")
     add("--find-lr", action="store_true", help="learning-rate range test instead of training")
     add("--benchmark", action="store_true", help="measure the speed instead of training")
     args, checkpoint = parser.parse_args(), None
@@ -510,8 +509,6 @@ def main():
     network = model.place(network, device)
     if world_size > 1 and device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if args.compile:
-        network.compile()
     optimizer = make_optimizer(network, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     learner, history = Learner(network, optimizer, scaler, dtype), []
@@ -531,7 +528,7 @@ def main():
         return find_lr(learner, batches, args, args.out or Path("find-lr.png"))
     if device.type != "cpu":  # try the largest images now: memory should not run out in epoch 41
         images, labels, *_ = next(batches.epoch(1, max(args.resolutions)))
-        F.nll_loss(model.forward(network.eval().forward, images, dtype), labels).backward()
+        F.nll_loss(model.forward(network.eval(), images, dtype), labels).backward()
 
     folder = None
     if rank == 0:
