@@ -2,7 +2,7 @@
 
     python coco_analysis.py annotations.json             # writes analysis/annotations/report.md
     python coco_analysis.py annotations.json --images .  # draws on the photographs there
-    python coco_analysis.py annotations.json.gz --k 5 9 --size 640 --resize letterbox
+    python coco_analysis.py annotations.json --k 5 9 --size 640 --resize letterbox
 
 The file is COCO JSON, or records with a `bbox`: a JSON list (detection results), JSON lines, or
 lines like `id: 0, height: 330, width: 1093, bbox:[69, 464, 312, 175],`. The command prints
@@ -13,14 +13,12 @@ lines like `id: 0, height: 330, width: 1093, bbox:[69, 464, 312, 175],`. The com
 """
 import argparse
 import csv
-import gzip
 import io
 import json
 import re
 import sys
 import tempfile
 import warnings
-import zlib
 from array import array
 from pathlib import Path
 
@@ -180,14 +178,14 @@ def at_input(wh, size, side, resize):
     return wh / size * side, f"pixels at {side} x {side}, {resize}"
 
 
-def find_anchors(wh, asked, seed):
+def find_anchors(wh, asked):
     """{k: (anchors (k, 2), mean IoU)} for each k asked, at most the number of distinct boxes.
 
     Decimals are dropped as long as that costs less than 0.0005.
     """
     found, distinct = {}, len(np.unique(wh, axis=0))
     for k in sorted({min(k, distinct) for k in asked}):
-        exact, best = kmeans(wh, k, seed)
+        exact, best = kmeans(wh, k)
         for digits in range(9):
             anchors = exact.round(digits)
             score = mean_best_iou(wh, anchors)
@@ -321,7 +319,7 @@ def analyse(data, args):
     if not good.any():
         raise BadInput(f"no usable {READINGS[reading][0]}: try another --bbox-format")
     wh, unit = at_input(box[good, 2:], size[good], args.size, args.resize)
-    found = find_anchors(wh, args.k, args.seed)
+    found = find_anchors(wh, args.k)
 
     classes = count_classes(data)
     counts = {"boxes": (data.crowd == 0).sum(), "crowds": data.crowd.sum(),
@@ -376,7 +374,7 @@ def write(files, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", help="of annotations, or .gz")
+    parser.add_argument("file", help="of annotations")
     parser.add_argument("--out", help="folder of the report (analysis/<name>)")
     parser.add_argument("--k", type=int, nargs="+", default=[3, 4, 5, 6],
                         help="numbers of anchors (3 4 5 6)")
@@ -385,7 +383,6 @@ def main():
                         help="stretch images (YOLOv2), or keep their shape (YOLOv5)")
     parser.add_argument("--bbox-format", choices=READINGS, help="what bbox is")
     parser.add_argument("--images", metavar="FOLDER", help="draw boxes on the photographs in it")
-    parser.add_argument("--seed", type=int, default=0, help="of the anchors' search (0)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Glyph .* missing")
     place = args.file
@@ -393,9 +390,9 @@ def main():
         data = Annotations(args.file)
         with plt.rc_context(LOOKS):
             files = analyse(data, args)
-            place = Path(args.out or Path("analysis", Path(args.file.removesuffix(".gz")).stem))
+            place = Path(args.out or Path("analysis", Path(args.file).stem))
             write(files, place)
-    except (BadInput, OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         place = getattr(error, "filename", None) or place
         what = getattr(error, "strerror", None) or error
         print(f"coco_analysis.py: {place}: {what}", file=sys.stderr)
@@ -406,8 +403,7 @@ def main():
 
 # -------------------------------------------------------------------------------- reading the file
 
-WINDOW = 1 << 18   # characters in memory; more if a record is longer
-LONGEST = 1 << 24  # a longer record is broken: a bracket or quote is never closed
+WINDOW = 1 << 18  # characters in memory; more if a record is longer
 POLYGONS = re.compile(r'"segmentation":\s*\[(?:\s*\[[-+.eE0-9,\s]*\],?)+\s*\]')
 CLASSES = "id", "name", "boxes", "share"
 
@@ -457,7 +453,7 @@ class Reader:
                     self.at = end
                     return value
             except (ValueError, TypeError):  # TypeError: the pattern is not found
-                if len(self.text) - self.at > LONGEST or not self.more():
+                if not self.more():
                     raise BadInput(f"broken or cut off after {self.place}: "
                                    "export or download it again") from None
 
@@ -553,9 +549,7 @@ class Annotations:
         self.unusable, self.rows, self.fields = [], array("d"), {}
         self.images, self.details, self.classes, self.named = {}, [], {}, {}
         self.ids = {table: array("d") for table in ("images", "categories", "annotations")}
-        with open(path, "rb") as file:
-            data = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
-            text = io.TextIOWrapper(data, "utf-8-sig", "replace")
+        with open(path, encoding="utf-8-sig", errors="replace") as text:
             for table, number, record in self.open(text):
                 if table in self.ids:
                     self.add(table, number, record if isinstance(record, dict) else {})

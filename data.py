@@ -7,7 +7,6 @@
 prints the numbers of images and classes and the size of each split, and writes samples.png.
 """
 import argparse
-import http.client
 import json
 import math
 import sys
@@ -32,7 +31,7 @@ import matplotlib.pyplot as plt
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 FOLDER = "tiny-imagenet-200"
-CACHE = "tiny-imagenet-200.v2.pt"     # a new number whenever its content changes
+CACHE = "tiny-imagenet-200.v3.pt"     # a new number whenever its content changes
 SIZE = 64                             # every image has SIZE x SIZE pixels
 MEAN, STD = 0.44, 0.28                # of Tiny ImageNet's pixels in [0, 1], all channels alike
 
@@ -42,12 +41,10 @@ class UsageError(Exception):
 
 
 class Dataset(NamedTuple):
-    name: str
     images: torch.Tensor        # (N, 3, 64, 64) uint8
     labels: torch.Tensor        # (N,) int64, 0 ... number of classes - 1
     boxes: torch.Tensor         # (N, 4) int64: x0, y0, x1, y1 in pixels; x1 and y1 are exclusive
     official_val: torch.Tensor  # (N,) bool: belongs to the official validation set
-    wnids: list                 # label -> WordNet id, "n01443537"
     class_names: list           # label -> name, "goldfish"
 
 
@@ -60,8 +57,8 @@ def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
     if classes is None:
         return dataset
     kept = dataset.labels < classes
-    columns = (column[kept] for column in dataset[1:5])
-    return Dataset(name, *columns, dataset.wnids[:classes], dataset.class_names[:classes])
+    columns = (column[kept] for column in dataset[:4])
+    return Dataset(*columns, dataset.class_names[:classes])
 
 
 def split(dataset, kind="70-30", seed=0):
@@ -105,7 +102,7 @@ def tiny_imagenet(data_dir):
     try:
         if source is archive:
             folder = zipfile.Path(archive) / FOLDER
-        wnids, names, rows = list_images(folder)
+        class_names, rows = list_images(folder)
         files, labels, boxes, official_val = zip(*rows)
         images = torch.from_numpy(decode(files))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
@@ -113,8 +110,7 @@ def tiny_imagenet(data_dir):
                          "again") from error
     # the files give the last pixel inside: 0 0 63 63
     boxes = torch.from_numpy(np.array(boxes, np.int64) + [0, 0, 1, 1])
-    dataset = Dataset("tiny-imagenet", images, torch.tensor(labels), boxes,
-                      torch.tensor(official_val), wnids, names)
+    dataset = Dataset(images, torch.tensor(labels), boxes, torch.tensor(official_val), class_names)
     try:
         with replacing(cache) as temporary:
             torch.save(dataset._asdict(), temporary)
@@ -126,25 +122,24 @@ def tiny_imagenet(data_dir):
 def download(archive):
     from torchvision.datasets.utils import download_url  # here, as importing it takes a second
     print(f"downloading {URL}", file=sys.stderr)
-    archive.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(archive) as temporary:
             download_url(URL, str(temporary.parent), temporary.name, MD5)
-    except (UsageError, http.client.HTTPException) as error:
-        raise UsageError(f"{URL}: download failed ({error.__cause__ or error}): put the file at "
+    except UsageError as error:
+        raise UsageError(f"{URL}: download failed ({error.__cause__}): put the file at "
                          f"{archive} yourself, or try --dataset shapes") from error
 
 
 def list_images(folder):
-    """Reads the text files of a folder, a pathlib.Path or zipfile.Path. Returns wnids and names,
-    both by label, and a row for each image: path, label, box, is it an official validation image?
+    """Reads the text files of a folder, a pathlib.Path or zipfile.Path. Returns the class names,
+    and a row for each image: path, label, box, is it an official validation image?
     """
     def table(path):
         return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
 
     wnids = sorted(wnid for wnid, in table(folder / "wnids.txt"))
     words = dict(table(folder / "words.txt"))
-    names = [words[wnid].split(",")[0] for wnid in wnids]  # "goldfish, Carassius auratus"
+    class_names = [words[wnid].split(",")[0] for wnid in wnids]  # "goldfish, Carassius auratus"
     rows = []
     for label, wnid in enumerate(wnids):
         part = folder / "train" / wnid
@@ -153,7 +148,7 @@ def list_images(folder):
     part = folder / "val"
     rows += [(part / "images" / file, wnids.index(wnid), box, True)
              for file, wnid, *box in sorted(table(part / "val_annotations.txt"))]
-    return wnids, names, rows
+    return class_names, rows
 
 
 def decode(files):
@@ -224,7 +219,7 @@ def shapes(seed=0, per_class=550):
         columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
         boxes[index] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     arrays = map(torch.from_numpy, (images, labels, boxes, np.arange(count) >= count / 1.1))
-    return Dataset("shapes", *arrays, list(SHAPES), list(SHAPES))
+    return Dataset(*arrays, list(SHAPES))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,14 +265,13 @@ class Batches:
         order = order.to(dataset.images.device)
         for start in range(0, len(order), self.batch_size):
             part = slice(start + self.rank, start + self.batch_size, self.world_size)
-            images = dataset.images[order[part]].to(self.device)   # (B, 3, 64, 64) uint8
+            images = dataset.images[order[part]].to(self.device)            # uint8
             if self.augment:
                 theta = random_crops(uniform[part, :5], self.min_crop)
                 images = prepare(images, resolution, theta)
                 yield cut_mix(images, labels[part], uniform[part, 5:], self.cutmix)
             else:
-                images = prepare(without_margin(images, self.min_crop), resolution)
-                yield images, labels[part], self.indices[part]
+                yield prepare(images, resolution), labels[part], self.indices[part]
 
 
 def prepare(images, resolution, theta=None):
@@ -326,19 +320,20 @@ def cut_mix(images, labels, uniform, probability):
     return torch.where(mask, images.flip(0), images), labels, labels.flip(0), own
 
 
-def margin(min_crop):
-    """How many pixels to cut off each side of a validation image.
+def centre(images, min_crop):
+    """The centre of images (N, 3, 64, 64), as large as an average crop.
 
-    A network trained on crops expects objects as large as in the crops, so validation uses the
-    centre, as large as an average crop (Touvron et al. 2019, arXiv:1906.06423; +2.1 points).
+    A network trained on crops expects objects as large as in the crops (Touvron et al. 2019,
+    arXiv:1906.06423; +2.1 points).
     """
-    return round(SIZE * (1 - math.sqrt((1 + min_crop) / 2)) / 2)
-
-
-def without_margin(images, min_crop):
-    """What validation shows the network of images (N, 3, 64, 64): their centre."""
-    border = margin(min_crop)
+    border = round(SIZE * (1 - math.sqrt((1 + min_crop) / 2)) / 2)
     return images[..., border:SIZE - border, border:SIZE - border]
+
+
+def validation_view(dataset, min_crop):
+    """The dataset with the centres of its images, and boxes in their pixels."""
+    images = centre(dataset.images, min_crop)
+    return dataset._replace(images=images, boxes=dataset.boxes - (SIZE - images.shape[-1]) // 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,8 +410,7 @@ def draw_samples(dataset, path):
     figure, axes = plt.subplots(len(labels), 5, figsize=(8, 1.92 * len(labels)),
                                 layout="constrained")
     for row, label in zip(axes, labels):
-        name = f"{label}: {dataset.class_names[label]} ({dataset.wnids[label]})"
-        row[2].set_title(name, fontsize=10)
+        row[2].set_title(f"{label}: {dataset.class_names[label]}", fontsize=10)
         for axis, index in zip(row, rng.permutation(np.flatnonzero(dataset.labels == label))):
             axis.imshow(dataset.images[index].permute(1, 2, 0).numpy())
             draw_box(axis, dataset.boxes[index], "yellow")
@@ -447,12 +441,11 @@ def export_coco(dataset, path):
 def main():
     parser = argparse.ArgumentParser(description="Loads a data set and describes it.")
     parser.add_argument("--dataset", choices=("tiny-imagenet", "shapes"), default="tiny-imagenet")
-    parser.add_argument("--data-dir", default="data", help="folder of Tiny ImageNet: data")
-    parser.add_argument("--out", default="samples.png", help="the picture: samples.png")
+    parser.add_argument("--data-dir", default="data", help="folder with tiny-imagenet-200: data")
     parser.add_argument("--export-coco", metavar="FILE", help="write the boxes as a COCO file")
     args = parser.parse_args()
     dataset = load(args.dataset, args.data_dir)
-    print(f"{dataset.name}: {len(dataset.labels):,} images of {len(dataset.class_names)} classes")
+    print(f"{args.dataset}: {len(dataset.labels):,} images of {len(dataset.class_names)} classes")
     for kind in ("70-30", "official"):
         train_indices, val_indices = split(dataset, kind)
         print(f"split {kind}: {len(train_indices):,} training images, "
@@ -460,9 +453,8 @@ def main():
     if args.export_coco:
         export_coco(dataset, args.export_coco)
         print(f"wrote {args.export_coco}")
-    else:
-        draw_samples(dataset, args.out)
-        print(f"wrote {args.out}")
+    draw_samples(dataset, "samples.png")
+    print("wrote samples.png")
 
 
 if __name__ == "__main__":

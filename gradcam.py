@@ -38,18 +38,13 @@ class GradCAM:
     (N, *size) in [0, 1]}, each scaled by itself; 0 everywhere if it is flat. size: by default H, W.
     `logits` (N, classes) holds the output of the last call.
 
-    Puts the network into eval mode. Works on frozen weights and inside no_grad. Raises UsageError
-    for unknown layers.
+    Puts the network into eval mode. Works on frozen weights and inside no_grad.
     """
 
     def __init__(self, network, layers=None, dtype=torch.float32):
         self.network, self.dtype, self.logits = network, dtype, None
-        modules = dict(network.named_modules())
         layers = layers or [name for name, _ in network.named_children() if "layer" in name]
-        for name in layers:
-            if name not in modules:
-                raise UsageError(f"no layer {name!r}; there are {', '.join(filter(None, modules))}")
-        self.layers = {name: modules[name] for name in layers}
+        self.layers = {name: network.get_submodule(name) for name in layers}
 
     def __call__(self, images, classes=None, size=None):
         features = {}  # layer -> (N, C, h, w)
@@ -61,13 +56,13 @@ class GradCAM:
         handles = [layer.register_forward_hook(hook) for layer in self.layers.values()]
         try:
             # enable_grad and requires_grad_: a graph also inside no_grad, and with frozen weights.
-            with torch.enable_grad(), torch.autocast(
-                    images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.network.eval()(images.detach().requires_grad_())
+            with torch.enable_grad():
+                images = images.detach().requires_grad_()
+                logits = model.forward(self.network.eval(), images, self.dtype)
                 classes = logits.argmax(1) if classes is None else classes
                 # Summing is safe: each score depends on its own image only. In fp16, gradients
                 # would become 0 without the factor; it does not change the scaled maps.
-                score = 1024 * logits.float().gather(1, classes[:, None]).sum()
+                score = 1024 * logits.gather(1, classes[:, None]).sum()
         finally:
             for handle in handles:
                 handle.remove()
@@ -106,15 +101,14 @@ def pointing_game(maps, boxes):
 
 def evaluate(cam, batches, resolution, target="predicted"):
     """Returns a Markdown table: the pointing game for each layer, a flat map, a central point."""
-    border = data.margin(batches.min_crop)
-    side = data.SIZE - 2 * border
+    side = batches.dataset.images.shape[-1]
     flat = torch.ones(1, side, side)
     centre = F.pad(flat[:, :2, :2], [side // 2 - 1] * 4)
     scores, correct, progress = [], [], data.Progress()
     for images, labels, indices in batches.epoch(0, resolution):
         maps = cam(images, labels if target == "actual" else None, (side, side))
         maps |= {"a flat map": flat, "a point at the centre": centre}
-        boxes = batches.dataset.boxes[indices] - border  # as the network sees them
+        boxes = batches.dataset.boxes[indices]
         scores.append(torch.stack([pointing_game(heat.cpu(), boxes) for heat in maps.values()]))
         correct.append((cam.logits.argmax(1) == labels).cpu())
         progress.show(f"Grad-CAM {len(correct) / len(batches):4.0%}")
@@ -177,31 +171,27 @@ def draw_misclassified(cam, batches, resolution, path, target="predicted", count
     chosen = torch.tensor(wrong or batches.indices.tolist())[:count]
     batches = replace(batches, indices=chosen, batch_size=count)
     images, labels, indices = next(batches.epoch(0, resolution))
-    pixels = data.without_margin(dataset.images[indices], batches.min_crop)  # what it sees, uint8
+    pixels = dataset.images[indices]
     maps = cam(images, labels if target == "actual" else None, pixels.shape[2:])
     titles = [wrap(f"predicted: {names[guess]}", f"actual: {names[label]}")
               for guess, label in zip(cam.logits.argmax(1).tolist(), labels.tolist())]
     kind = "misclassified" if wrong else "correctly classified"
     heading = f"Grad-CAM of the {target} class: {kind} validation images and their objects' boxes"
-    draw(pixels.cpu(), maps, titles, heading, path,
-         dataset.boxes[indices] - data.margin(batches.min_crop))
+    draw(pixels.cpu(), maps, titles, heading, path, dataset.boxes[indices])
 
 
 def read_picture(path):
-    """Reads a picture of any size: the central square, as (3, 64, 64) uint8. Raises UsageError."""
-    try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-            picture = ImageOps.fit(picture, (data.SIZE, data.SIZE), Image.Resampling.BILINEAR)
-            return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: not a readable picture ({error})") from error
+    """Reads a picture of any size: the central square, as (3, 64, 64) uint8. Raises OSError."""
+    with Image.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+        picture = ImageOps.fit(picture, (data.SIZE, data.SIZE), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def draw_pictures(cam, files, class_names, resolution, min_crop, device, path):
     """Prints the five most probable classes of each picture; draws the maps of the first."""
     images, titles = torch.stack([read_picture(file) for file in files]), []
-    images = data.without_margin(images, min_crop)
+    images = data.centre(images, min_crop)
     maps = cam(data.prepare(images.to(device), resolution), size=images.shape[2:])
     for file, probabilities in zip(files, cam.logits.softmax(1)):
         best, labels = (part.tolist() for part in probabilities.topk(min(5, len(class_names))))
@@ -222,7 +212,6 @@ def main():
     add("run", type=Path, help="folder of a run of train.py, or one of its checkpoints")
     add("pictures", nargs="*", help="your own pictures instead of validation images")
     add("--evaluate", action="store_true", help="measure the maps against the objects' boxes")
-    add("--layers", help="names separated by commas, as layer3,layer4.1.conv2: layer1 to layer4")
     add("--target", choices=("predicted", "actual"), default="predicted", help="predicted")
     add("--data-dir", help="folder of the data set: where the run found it")
     add("--device", default="auto", help="cuda, mps or cpu: a GPU if there is one")
@@ -231,12 +220,10 @@ def main():
 
     file = args.run if args.run.is_file() else args.run / "last.pt"
     checkpoint = model.load_checkpoint(file)
-    config, history = checkpoint["config"], checkpoint["history"]
+    config, resolution = checkpoint["config"], checkpoint["config"]["resolutions"][-1]
     device = model.choose_device(args.device)
     dtype = model.choose_dtype(config["precision"], device)
-    cam = GradCAM(model.restore(checkpoint, device), args.layers and args.layers.split(","), dtype)
-    # as in its last epoch so far
-    resolution = history[-1]["resolution"] if history else config["resolutions"][0]
+    cam = GradCAM(model.restore(checkpoint, device), dtype=dtype)
     if args.pictures:
         out = args.out or file.parent / "pictures.png"
         draw_pictures(cam, args.pictures, checkpoint["classes"], resolution, config["min_crop"],
@@ -248,7 +235,8 @@ def main():
         raise UsageError(f"{data_dir}: no {data.FOLDER} in this folder: name it with --data-dir")
     dataset = data.load(config["dataset"], data_dir, config["seed"], config["classes"])
     _, indices = data.split(dataset, config["split"], config["seed"])
-    batches = data.Batches(dataset, indices, 128, device, min_crop=config["min_crop"])
+    dataset = data.validation_view(dataset, config["min_crop"])
+    batches = data.Batches(dataset, indices, 128, device)
     if args.evaluate:
         print(evaluate(cam, batches, resolution, args.target))
     else:

@@ -38,8 +38,8 @@ import gradcam
 import model
 from data import UsageError
 
-# The defaults of each data set; what each ingredient is worth: assets/measurements.md. Each
-# resolution gets the same number of epochs; small images train faster (Howard 2018, fast.ai).
+# The defaults of each data set; what each ingredient is worth: assets/measurements.md. Several
+# resolutions share the epochs equally: small images train faster on a CPU (Howard 2018, fast.ai).
 RECIPES = {
     "tiny-imagenet": {"epochs": 50, "resolutions": [64], "stem_stride": 1,
                       "batch_size": 256, "max_lr": 0.2, "min_crop": 0.35, "cutmix": 0.25},
@@ -61,8 +61,8 @@ def one_cycle(step, total_steps, max_lr, pct_start=0.2):
     Topin 2017, "Super-Convergence", arXiv:1708.07120). It has no state, so resuming needs none.
     """
     peak = pct_start * total_steps - 1
-    if step <= peak:
-        progress, start, end = step / peak if peak > 0 else 1, (max_lr / 25, 0.95), (max_lr, 0.85)
+    if step < peak:
+        progress, start, end = step / peak, (max_lr / 25, 0.95), (max_lr, 0.85)
     else:
         progress = (step - peak) / (total_steps - 1 - peak)
         start, end = (max_lr, 0.85), (max_lr / 25 / 1e4, 0.95)
@@ -108,9 +108,9 @@ def fit(learner, batches, val_batches, history, args, folder):
     """
     network, optimizer, scaler, dtype = learner
     class_names = batches.dataset.class_names
-    replica = network  # or its wrapper, which averages gradients over the processes
+    replica = network  # or its wrapper: averages gradients, copies BatchNorm's running statistics
     if dist.is_initialized():
-        replica = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        replica = torch.nn.parallel.DistributedDataParallel(network)
     progress, drawn = data.Progress(quiet=folder is None), time.monotonic()
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, resolution = time.monotonic(), resolution_at(epoch, args)
@@ -121,7 +121,7 @@ def fit(learner, batches, val_batches, history, args, folder):
                                      args.epochs * len(batches), args.max_lr)
             for group in optimizer.param_groups:
                 group.update(lr=lr, momentum=momentum)
-            log_probabilities = model.forward(replica, images, dtype)
+            log_probabilities = model.forward(replica, images, dtype).log_softmax(1)
             loss = smoothed_nll_loss(log_probabilities, labels, others, own, args.label_smoothing)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -136,9 +136,8 @@ def fit(learner, batches, val_batches, history, args, folder):
         if not math.isfinite(train_loss):
             raise UsageError(f"the loss is {train_loss} in epoch {epoch}: try "
                              f"--max-lr {args.max_lr / 10:g}")
-        average_statistics(network)
         # at the training resolution: others cost 7 points or more, because of zero padding
-        val_loss, val_accuracy, val_top5, *_ = evaluate(network, val_batches, resolution, dtype)
+        val_loss, val_accuracy, val_top5, *_ = evaluate(replica, val_batches, resolution, dtype)
         seconds = time.monotonic() - start
         history.append({"epoch": epoch, "resolution": resolution, "lr": lr,
                         "train_loss": train_loss, "train_accuracy": train_accuracy,
@@ -177,14 +176,6 @@ def mean(totals):
     return [value / count for value in sums]
 
 
-def average_statistics(network):
-    """BatchNorm's running mean and variance: the average over all processes."""
-    if dist.is_initialized():
-        for buffer in network.buffers():
-            dist.all_reduce(buffer)
-            buffer.copy_(buffer / dist.get_world_size())
-
-
 @torch.no_grad()
 def evaluate(network, batches, resolution, dtype):
     """Returns mean loss, top-1 and top-5 accuracy, and of each image of this process the predicted
@@ -194,7 +185,7 @@ def evaluate(network, batches, resolution, dtype):
     totals, predictions = torch.zeros(4, device=batches.device), []
     progress = data.Progress(quiet=batches.rank > 0)
     for images, labels, *_ in batches.epoch(0, resolution):
-        log_probabilities = model.forward(network, images, dtype)
+        log_probabilities = model.forward(network, images, dtype).log_softmax(1)
         totals += tally(log_probabilities, labels)
         predictions.append(log_probabilities.max(dim=1))
         progress.show(f"validating {len(predictions) / len(batches):4.0%}")
@@ -214,8 +205,8 @@ def config(args):
 
 def save(path, learner, history, args, class_names, with_optimizer=True):
     """Writes a checkpoint for model.load_checkpoint."""
-    checkpoint = {"format": model.FORMAT, "classes": class_names, "history": history,
-                  "config": config(args), "model": learner.network.state_dict()}
+    checkpoint = {"classes": class_names, "history": history, "config": config(args),
+                  "model": learner.network.state_dict()}
     if with_optimizer:
         checkpoint |= {"optimizer": learner.optimizer.state_dict(),
                        "scaler": learner.scaler.state_dict()}
@@ -318,7 +309,7 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     settings = {"hardware": hardware, "parameters": f"{parameters:,}", **config(args)}
     settings = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
     with data.replacing(folder / "report.md") as temporary:
-        temporary.write_text(f"""# {args.model} on {dataset.name}
+        temporary.write_text(f"""# {args.model} on {args.dataset}
 
 **{final:.2%} validation accuracy** (top-5 {top5:.2%}) after {args.epochs} epochs, which took
 {took} hours. The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was chosen on
@@ -360,7 +351,8 @@ def bare_step(learner, batch, smoothing):
     """A step of the training loop without the rest. Returns the loss."""
     network, optimizer, scaler, dtype = learner
     images, *targets = batch
-    loss = smoothed_nll_loss(model.forward(network, images, dtype), *targets, smoothing)
+    log_probabilities = model.forward(network, images, dtype).log_softmax(1)
+    loss = smoothed_nll_loss(log_probabilities, *targets, smoothing)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -425,7 +417,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Trains a network and reports on it.")
     add = parser.add_argument
     add("--dataset", choices=RECIPES, default="tiny-imagenet", help="tiny-imagenet")
-    add("--data-dir", type=os.path.abspath, default="data", help="folder of Tiny ImageNet: data")
+    add("--data-dir", type=os.path.abspath, default="data", help="folder with tiny-imagenet-200: data")
     add("--split", choices=("70-30", "official"), default="70-30", help="70-30")
     add("--classes", type=int, help="use the first so many classes only: all")
     add("--model", choices=model.MODELS, default="resnet18", help="resnet18")
@@ -521,21 +513,19 @@ def main():
     batches = data.Batches(dataset, train_indices, args.batch_size, device, augment=True,
                            min_crop=args.min_crop, cutmix=args.cutmix, seed=args.seed, rank=rank,
                            world_size=world_size)
-    val_batches = replace(batches, indices=val_indices, augment=False)
+    val_batches = replace(batches, dataset=data.validation_view(dataset, args.min_crop),
+                          indices=val_indices, augment=False)
     if args.benchmark:
         return benchmark(learner, batches, args)
     if args.find_lr:
         return find_lr(learner, batches, args, args.out or Path("find-lr.png"))
-    if device.type != "cpu":  # try the largest images now: memory should not run out in epoch 41
-        images, labels, *_ = next(batches.epoch(1, max(args.resolutions)))
-        F.nll_loss(model.forward(network.eval(), images, dtype), labels).backward()
 
     folder = None
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         hardware = f"{world_size} x {name}, {dtype}".replace("torch.", "")
         folder = args.resume or make_folder(args)
-        print(f"{args.model} on {dataset.name}: {len(train_indices):,} training images, "
+        print(f"{args.model} on {args.dataset}: {len(train_indices):,} training images, "
               f"{len(val_indices):,} validation images; {hardware}\nwriting to {folder}; if "
               f"interrupted, continue with --resume {shlex.quote(folder.as_posix())}", flush=True)
         if not checkpoint:
