@@ -361,23 +361,17 @@ def bare_step(learner, batch, smoothing):
 
 
 def benchmark(learner, batches, args):
-    """Prints images/s of training steps, on the batches of an epoch and on one that is repeated."""
-    steps = min(len(batches), 3 if batches.device.type == "cpu" else 100)
-
-    def measure(source):
-        start = time.perf_counter()
-        for batch in itertools.islice(source, steps):
-            bare_step(learner, batch, args.label_smoothing)
-        if batches.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return steps * args.batch_size / (time.perf_counter() - start)
-
+    """Prints images/s of training steps."""
     learner.network.train()
     for resolution in sorted(set(args.resolutions)):
-        batch = next(batches.epoch(1, resolution))
-        measure([batch])  # warm-up
-        real, bare = measure(batches.epoch(1, resolution)), measure(itertools.repeat(batch))
-        print(f"{resolution} pixels: {real:,.0f} images/s; {bare:,.0f} without loading", flush=True)
+        limit = 3 if batches.device.type == "cpu" else 100
+        for steps in (1, min(limit, len(batches))):  # the first is a warm-up
+            start = time.perf_counter()
+            for batch in itertools.islice(batches.epoch(1, resolution), steps):
+                loss = bare_step(learner, batch, args.label_smoothing)
+            loss.item()  # waits for the GPU
+        speed = steps * args.batch_size / (time.perf_counter() - start)
+        print(f"{resolution} pixels: {speed:,.0f} images/s", flush=True)
 
 
 def find_lr(learner, batches, args, path, steps=100):
