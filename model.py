@@ -4,7 +4,7 @@
     python model.py --stem-stride 4 --image-size 224 --num-classes 1000     # ImageNet's ResNet18
 
 prints for each layer its output shape, parameters, receptive field and multiply-adds; each table
-ends with a line such as `ResNet18: 11,279,112 parameters, 2,221 million multiply-adds ...`.
+ends with a line such as `ResNet18: 11,279,112 parameters, 2,253 million multiply-adds ...`.
 """
 import argparse
 import copy
