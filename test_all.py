@@ -773,7 +773,8 @@ class Analysis(InFolder):
         whole = made_coco(boxes=40)
         kept, plain = whole["annotations"], json.dumps(whole).encode()
         files = [(json.dumps(whole, indent=2), 50), (json.dumps(whole, sort_keys=True), 50),
-                 (b"\xef\xbb\xbf" + plain, 50), (json.dumps(kept), 300), ("\n".join(map(json.dumps, kept)), 300)]
+                 (b"\xef\xbb\xbf" + plain, 50), (json.dumps(kept), 300),
+                 ("\n".join(map(json.dumps, kept)), 300)]
         files += [(plain, window) for window in range(5, 40)]
         for content, window in files:
             with mock.patch.object(coco_analysis, "WINDOW", window):
