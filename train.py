@@ -1,7 +1,7 @@
 """Trains a network on Tiny ImageNet and reports on it.
 
     python train.py --dataset shapes                  # no download: the full pipeline in minutes
-    python train.py --epochs 50                       # Tiny ImageNet, ResNet18: 61.1 % (H100, 6 min)
+    python train.py --epochs 50                       # Tiny ImageNet: 61.1 %, 6 minutes on an H100
     python train.py --resume runs/tiny-imagenet-resnet18
     torchrun --nproc_per_node=4 train.py              # several GPUs
     python train.py --find-lr                         # learning-rate range test: find-lr.png
@@ -411,7 +411,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Trains a network and reports on it.")
     add = parser.add_argument
     add("--dataset", choices=RECIPES, default="tiny-imagenet", help="tiny-imagenet")
-    add("--data-dir", type=os.path.abspath, default="data", help="folder with tiny-imagenet-200: data")
+    add("--data-dir", type=os.path.abspath, default="data",
+        help="folder with tiny-imagenet-200: data")
     add("--split", choices=("70-30", "official"), default="70-30", help="70-30")
     add("--classes", type=int, help="use the first so many classes only: all")
     add("--model", choices=model.MODELS, default="resnet18", help="resnet18")
