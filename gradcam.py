@@ -133,9 +133,9 @@ def draw(images, maps, titles, heading, path, boxes=None):
     cell = min(3, max(1.6, 8 / len(images)))  # inches
     figure, axes = plt.subplots(1 + len(maps), len(images), squeeze=False, layout="constrained",
                                 figsize=(cell * len(images) + 1.2, cell * (1 + len(maps)) + 1))
-    figure.suptitle(heading + "\n" + textwrap.fill(
-        "Red supports the class most, blue least; each map is scaled by itself.",
-        int(16 * cell * len(images))), fontsize=10)
+    legend = "Red supports the class most, blue least; each map is scaled by itself."
+    figure.suptitle("\n".join(textwrap.fill(line, int(16 * cell * len(images)))
+                              for line in (heading, legend)), fontsize=10)
     for (name, heat), row in zip({"input": None, **maps}.items(), axes):
         row[0].set_ylabel(name)
         for column, axis in enumerate(row):
