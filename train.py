@@ -386,7 +386,7 @@ def find_lr(learner, batches, args, path, steps=100):
         losses.append(bare_step(learner, batch, args.label_smoothing).item())
         print(f"step {step + 1:3}/{steps}: learning rate {rates[-1]:7.4f}, loss {losses[-1]:.3f}",
               flush=True)
-        if not losses[-1] < 1.25 * losses[0]:
+        if step > steps / 3 and not sum(losses[-11:]) < sum(losses[:11]):
             break
     smooth = F.avg_pool1d(torch.tensor([losses]), 11, 1, 5, count_include_pad=False)[0].tolist()
     lowest = rates[smooth.index(min(smooth))]
