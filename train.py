@@ -387,7 +387,7 @@ def find_lr(learner, batches, args, path, steps=100):
         print(f"step {step + 1:3}/{steps}: learning rate {rates[-1]:7.4f}, loss {losses[-1]:.3f}",
               flush=True)
         if step > steps / 3 and not sum(losses[-11:]) < sum(losses[:11]):
-            break
+            break  # also for NaN; later, the loss can fall again to that of equal probabilities
     smooth = F.avg_pool1d(torch.tensor([losses]), 11, 1, 5, count_include_pad=False)[0].tolist()
     lowest = rates[smooth.index(min(smooth))]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
