@@ -12,47 +12,65 @@ lines like `id: 0, height: 330, width: 1093, bbox:[69, 464, 312, 175],`. The com
     - k = 3, mean IoU 0.6329: 71,139, 149,77, 158,160
 """
 import argparse
-import csv
-import io
 import json
+import os
 import re
 import sys
 import tempfile
 import warnings
-from array import array
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+os.environ["MPLBACKEND"] = "Agg"  # draws into files; needs no screen
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image, ImageOps
 
 from kmeans import kmeans, mean_best_iou
 
-plt.switch_backend("Agg")  # needs no screen
-
 # ---------------------------------------------------------------------- what the four numbers mean
 
-ORDERS = {  # the most common first, which wins a tie
-    "xywh": ("[x, y, width, height]", lambda a, b, c, d: (a, b, c, d)),
-    "yxwh": ("[y, x, width, height]", lambda a, b, c, d: (b, a, c, d)),
-    "xyxy": ("[x1, y1, x2, y2]", lambda a, b, c, d: (a, b, c - a, d - b)),
-    "yxyx": ("[y1, x1, y2, x2]", lambda a, b, c, d: (b, a, d - b, c - a)),
-    "cxcywh": ("[center x, center y, width, height]",
-               lambda a, b, c, d: (a - c / 2, b - d / 2, c, d)),
+
+class Reading(NamedTuple):
+    text: str
+    order: Callable          # four numbers -> x, y, width, height
+    whole: int = None        # a whole side of the image is written as this; None: in pixels
+    exchanged: bool = False  # the file exchanges the images' width and height
+
+
+READINGS = {
+    "xywh": Reading("[x, y, width, height]", lambda a, b, c, d: (a, b, c, d)),
+    "yxwh": Reading("[y, x, width, height]", lambda a, b, c, d: (b, a, c, d)),
+    "xyxy": Reading("[x1, y1, x2, y2]", lambda a, b, c, d: (a, b, c - a, d - b)),
+    "yxyx": Reading("[y1, x1, y2, x2]", lambda a, b, c, d: (b, a, d - b, c - a)),
+    "cxcywh": Reading("[center x, center y, width, height]",
+                      lambda a, b, c, d: (a - c / 2, b - d / 2, c, d)),
 }
-UNITS = {"": ("", None), "-fraction": (" as fractions", 1), "-percent": (" in percent", 100)}
-# {key: (text, function to x, y, width, height, what a whole side is written as)}
-READINGS = {order + unit: (text + words, read, whole)
-            for unit, (words, whole) in UNITS.items() for order, (text, read) in ORDERS.items()}
+PIXELS = list(READINGS)  # the most common first, which wins a tie
+for suffix, words, whole in ("-fraction", "as fractions", 1), ("-percent", "in percent", 100):
+    for key in PIXELS:
+        text, order, *_ = READINGS[key]
+        READINGS[key + suffix] = Reading(f"{text} {words}", order, whole)
+FRACTIONS, PERCENTS = list(READINGS)[5:10], list(READINGS)[10:]
+EXCHANGED = "xywh-exchanged"  # other orders cannot be told from exchanged numbers
+PIXELS.append(EXCHANGED)
+READINGS[EXCHANGED] = READINGS["xywh"]._replace(
+    text="[x, y, width, height], and the images' width and height are exchanged", exchanged=True)
 
-MARGIN = 0.01  # readings whose fits differ by less cannot be told apart
-POOR = 0.9     # fits below this are doubtful
+COCO, COCO_LIST = "COCO instances JSON", "COCO results or annotations in a list"
+LIST, LINES = "a JSON list", "lines of records"
 
 
-def to_xywh(bbox, reading, size):
-    """bbox (N, 4) under one of READINGS -> (N, 4) x, y, width, height; size (N, 2) of images."""
-    _, read, whole = READINGS[reading]
-    box = np.stack(read(*bbox.T), axis=1)
-    return box * np.tile(size / whole, 2) if whole else box
+def to_xywh(bbox, size, reading):
+    """bbox (N, 4) in images of size (N, 2), under one of READINGS -> x, y, width, height (N, 4) in
+    pixels, and the true size (N, 2).
+    """
+    _, order, whole, exchanged = READINGS[reading]
+    size = size[:, ::-1] if exchanged else size
+    box = np.stack(order(*bbox.T), axis=1)
+    return (box * np.tile(size / whole, 2) if whole else box), size
 
 
 def inside(box, size):
@@ -62,60 +80,100 @@ def inside(box, size):
     return ((start >= -slack) & (end > start) & (end <= size + slack)).all(axis=1)
 
 
-def try_readings(bbox, size, results=False):
+def find_readings(bbox, size, area, kind):
     """Finds out what four numbers mean: under the right reading, boxes lie inside their images.
 
-    bbox (N, 4) as in the file; size (N, 2) of the images in pixels, NaN where unknown; results: are
-    these COCO detection results, [x, y, width, height] by specification? Returns the readings that
-    fit, the best first; {reading: share of the boxes inside}; {reading: (2,) largest x and y}.
+    bbox (N, 4) as in the file; size (N, 2) of the images and area (N,) of the objects in pixels,
+    NaN where unknown; kind of the file: COCO specifies [x, y, width, height]. Returns the readings
+    that explain the numbers, the likeliest first; {reading: share of the boxes inside}; {reading:
+    (2,) largest x and y}.
     """
-    known = np.isfinite(size).all(axis=1)
-    sized = known.any()
-    bbox, size = (bbox[known], size[known]) if sized else (bbox, np.ones_like(size))
-    fit, reach = {}, {}
-    for key, (_, _, whole) in READINGS.items():
-        box = to_xywh(bbox, key, size)
-        fit[key] = inside(box, size if sized or whole else size * np.inf).mean()
+    rows = (bbox[:, 2:] > 0).all(axis=1)
+    if not rows.any():
+        raise BadInput("no box has an area")
+    known = rows & np.isfinite(size).all(axis=1)
+    sized, specified = known.any(), kind.startswith("COCO")
+    bbox, size, area = (column[known if sized else rows] for column in (bbox, size, area))
+    fit, reach, exact = {}, {}, []
+    for key, reading in READINGS.items():
+        frame = size if sized else np.full_like(size, 1 if reading.whole else np.inf)
+        box, frame = to_xywh(bbox, frame, key)
+        fit[key] = inside(box, frame).mean()
         reach[key] = (box[:, :2] + box[:, 2:]).max(axis=0)
+        same_area = np.isclose(box[:, 2] * box[:, 3], area, rtol=0.01)
+        if same_area.mean() > 0.9 and fit[key] >= 0.5:
+            exact.append(key)
 
-    # Fractions and percentages fit as pixels, too: they come first, but percentages only if images
-    # are larger than 100 pixels or, of unknown size, filled.
-    for whole in (1, 100, None):
-        unit = [key for key in READINGS if READINGS[key][2] == whole]
-        best = max(unit, key=fit.get)
-        large = np.median(size) > 100 if sized else reach[best].min() > 0.98
-        if fit[best] >= POOR and (whole != 100 or large):
-            break
-    else:
-        unit, best = list(READINGS), max(fit, key=fit.get)
+    unit, other_unit = find_unit(bbox, size, fit, reach)
+    if exact and unit is not PERCENTS:
+        unit, other_unit = exact, []
+    keys = [key for key in unit if key != EXCHANGED or sized and (size != size[:, ::-1]).any()]
+    if specified:
+        keys.sort(key=lambda key: not key.startswith("xywh"))
 
-    # Without image sizes most orders fit. But x1 < x2 and y1 < y2 in all boxes is no coincidence,
-    # and exchanging x and y spreads the boxes.
-    alike = [key for key in unit if fit[key] > fit[best] - MARGIN]
-    if results and (fit[unit[0]] >= POOR or fit[best] < 1 - MARGIN):
-        alike = unit[:1]
-    elif not sized:
-        narrow, wide = sorted(unit[:2], key=lambda key: reach[key].prod())
-        if unit[2] in alike and len(bbox) >= 20:
-            alike = unit[2:4]
-        elif wide in alike and reach[wide].prod() > 1.1 * reach[narrow].prod():
-            alike.remove(wide)
-    return alike, fit, reach
+    def alike(keys):  # as good as the best
+        return [key for key in keys if fit[key] > max(map(fit.get, keys)) - 0.01]
+
+    found = alike(keys)
+    best = fit[found[0]]
+    if specified and best - fit[keys[0]] <= (0.05 if best >= 0.8 else 0.3):
+        found = list(dict.fromkeys([keys[0], *found]))  # the specification, not noise
+    if not sized:
+        found = without_sizes(found, keys, reach, len(bbox) >= 20, kind == COCO_LIST)
+    where = 1 if unit is PIXELS else len(found)
+    found[where:where] = alike(other_unit)[:2]
+    return found[:1] if best < 0.5 else found, fit, reach
 
 
-def explain(alike, fit, sized, exchanged):
-    best = alike[0]
-    why = f"bbox is {READINGS[best][0]}: {fit[best]:.1%} of the boxes "
-    why += ("lie inside their images" if sized else
-            "are possible, by order, signs and extent: no image size is known")
+def find_unit(bbox, size, fit, reach):
+    """The readings in the likeliest unit, and those in another if that is possible."""
+    if np.median(bbox[:, 2:]) <= 1 and np.quantile(abs(bbox), 0.9) <= 1.1:
+        return FRACTIONS, []  # no box is smaller than a pixel
+    best = max(PERCENTS, key=fit.get)
+    if fit[best] >= 0.8 and fit[best] > 0.05 + max(map(fit.get, PIXELS)):
+        return PERCENTS, []
+    # Pixels below 100 fit as percent, too. But percent reach 100, and as pixels leave images empty.
+    reached, many = reach[best.removesuffix("-percent")], len(bbox) >= 20
+    filled = (reached / np.median(size, axis=0)).max()  # NaN without sizes
+    if fit[best] < 0.5 or filled > 0.9 or many and reached.min() < 80:
+        return PIXELS, []
+    if (many and fit[best] >= 0.9 and not filled >= 0.5
+            and reached.min() >= 97 and reached.max() <= 102):
+        return PERCENTS, PIXELS
+    return PIXELS, PERCENTS
+
+
+def without_sizes(found, keys, reach, many, specified):
+    """Without image sizes most orders fit. But x1 < x2 and y1 < y2 in all boxes is no coincidence,
+    and exchanging x and y spreads the boxes.
+    """
+    first = found[:1] if specified else []
+    corners = [key for key in found if key.startswith(("xyxy", "yxyx"))]
+    if corners and many:
+        return list(dict.fromkeys(first + corners))
+    narrow, wide = sorted(keys[:2], key=lambda key: reach[key].prod())
+    spread = reach[wide].prod() > 1.1 * reach[narrow].prod()
+    return first + [key for key in found if key not in first and not (key == wide and spread)]
+
+
+def explain(found, fit, bbox, size, kind):
+    """A sentence: the first of the readings found, its evidence, and what else is possible."""
+    best, *others = found
+    why = f"bbox is {READINGS[best].text}"
+    if best == "xywh" and kind.startswith("COCO"):
+        why += ", as COCO specifies"
+    why += f": {fit[best]:.1%} of the boxes"
+    if (bbox[:, 2:] <= 0).any():
+        why += " with an area"
+    why += (" lie inside their images" if np.isfinite(size).any() else
+            " are possible, by order, signs and extent: no image size is known")
     if fit["xywh"] < fit[best]:
         why += f"; read as [x, y, width, height], {fit['xywh']:.1%} do"
-    if exchanged:
-        why += ". The images' width and height were exchanged"
-    if alike[1:]:
-        why += ". A tie: is it --bbox-format " + " or ".join(alike[1:]) + "?"
-    if fit[best] < POOR:
-        why += ". A poor fit"
+    if others:
+        why += ". A tie: is it --bbox-format " + " or ".join(others[:3])
+        why += f", or one of {len(others) - 3} more?" if others[3:] else "?"
+    elif fit[best] < 0.5:
+        why += ". Boxes and image sizes do not belong together"
     return why
 
 
@@ -129,7 +187,7 @@ def short(value):
 
 def count_classes(data):
     """Rows (id, name, boxes without crowds, their share), the most frequent first."""
-    boxes = np.bincount(data.label[data.crowd == 0], minlength=len(data.classes)).tolist()
+    boxes = np.bincount(data.label[~data.crowd], minlength=len(data.classes)).tolist()
     shares = [f"{number / max(sum(boxes), 1):.2%}" for number in boxes]
     return sorted(zip(data.classes, data.names, boxes, shares), key=lambda row: -row[2])
 
@@ -137,36 +195,33 @@ def count_classes(data):
 def check_quality(data, box, size):
     """A line for each oddity of boxes (N, 4) in images (N, 2), and (N,) bool: those to cluster."""
     lines, good = [], np.ones(len(box), bool)
-    if data.unusable:
-        lines.append(f"- {len(data.unusable):,} unusable (left out): "
-                     + "; ".join(data.unusable[:3]))
 
-    def check(what, mask, name=lambda row: data.place.format(data.number[row])):
-        odd = np.flatnonzero(mask).tolist()
-        if odd:
-            lines.append(f"- {len(odd):,} {what}: " + ", ".join(str(name(row)) for row in odd[:3]))
+    def say(what, places):
+        if places:
+            lines.append(f"- {len(places):,} {what}: " + ", ".join(map(str, places[:3])))
+
+    def check(what, odd):
+        say(what, [data.place.format(number) for number in data.number[odd]])
         if "left out" in what:
             good[odd] = False
 
-    sized = np.isfinite(size).all(axis=1)
+    say("unusable (left out)", data.unusable)
     check("without area (left out)", (box[:, 2:] < 1e-6).any(axis=1))
     check("crowds, one box around many objects (left out)", data.crowd)
-    check("repeat an earlier box, class and image (left out)",
-          repeats(np.column_stack([data.bbox, data.image, data.label])))
+    rows = np.column_stack([data.bbox, data.image, data.label])
+    first = np.unique(rows, axis=0, return_index=True)[1]
+    check("repeat an earlier box, class and image (left out)", ~np.isin(range(len(rows)), first))
+    sized = np.isfinite(size).all(axis=1)
     if sized.any():
         check("in images of unknown size (left out)", ~sized)
         check("not inside their image", good & ~inside(box, size))
-    if data.is_coco:
-        for table, used, ids in (("images", data.image, data.images),
-                                 ("categories", data.label, data.classes)):
-            missing = ~np.isin([float(hash(key)) for key in ids], data.ids[table])
-            check(f"refer to missing {table}", missing[used])
-            unused = np.bincount(used, minlength=len(ids)) == 0
-            check(f"{table} without annotations", unused, ids.__getitem__)
-        for table, ids in data.ids.items():
-            check(f"{table} with the id of an earlier one", repeats(np.array(ids)[:, None]),
-                  f"{table}[{{}}]".format)
-    return lines, good
+    for table, keys, used in (("images", data.images, data.image),
+                              ("categories", data.classes, data.label)):
+        ids = Counter(data.ids[table])
+        missing = np.array([bool(ids) and key not in ids for key in keys])
+        check(f"refer to missing {table}", missing[used])
+        say(f"ids of {table} occur twice", [key for key in ids if ids[key] > 1])
+    return lines or ["- no fault found"], good
 
 
 def at_input(wh, size, side, resize):
@@ -179,19 +234,11 @@ def at_input(wh, size, side, resize):
 
 
 def find_anchors(wh, asked):
-    """{k: (anchors (k, 2), mean IoU)} for each k asked, at most the number of distinct boxes.
-
-    Decimals are dropped as long as that costs less than 0.0005.
-    """
+    """{k: (anchors (k, 2) of three digits, mean IoU)}, k at most the number of distinct boxes."""
     found, distinct = {}, len(np.unique(wh, axis=0))
     for k in sorted({min(k, distinct) for k in asked}):
-        exact, best = kmeans(wh, k)
-        for digits in range(9):
-            anchors = exact.round(digits)
-            score = mean_best_iou(wh, anchors)
-            if score > best - 0.0005:
-                break
-        found[k] = anchors, score
+        anchors = np.array([[float(f"{side:.3g}") for side in row] for row in kmeans(wh, k)[0]])
+        found[k] = anchors, mean_best_iou(wh, anchors)
     return found
 
 
@@ -202,28 +249,36 @@ LOOKS = {"font.size": 8, "savefig.bbox": "tight", "figure.constrained_layout.use
          "text.parse_math": False}  # class names may contain a $
 
 
-def draw_readings(data, size, readings, fit, reach, photos):
-    """A dozen boxes in their images' frames, or on the photographs, under two readings."""
+def open_photos(data, folder):
+    """{row of a box: photograph}, of a dozen images; without a folder, {row: None}."""
     first = np.unique(data.image, return_index=True)[1]  # a box of each image
-    rows = [row for row in np.random.default_rng(0).permutation(first)
-            if not photos or data.photo(photos, row).is_file()][:12]
+    rows = np.random.default_rng(0).permutation(first).tolist()
+    if not folder:
+        return dict.fromkeys(rows[:12])
+    rows = [row for row in rows if data.photo(folder, row).is_file()][:12]
     if not rows:
-        raise BadInput(f"--images: there is no image such as {data.photo(photos, 0)}")
+        raise BadInput(f"--images: there is no image such as {data.photo(folder, 0)}")
+    try:
+        return {row: ImageOps.exif_transpose(Image.open(data.photo(folder, row))) for row in rows}
+    except OSError as error:
+        raise BadInput(f"--images: {error}") from error
+
+
+def draw_readings(data, size, photos, readings, fit, reach):
+    """A dozen boxes in their images' frames, or on the photographs, under two readings."""
     figure = plt.figure(figsize=(16, 6))
     for half, reading in zip(figure.subfigures(1, 2), readings):
-        half.suptitle(f"bbox read as {READINGS[reading][0]}: {fit[reading]:.1%} inside")
+        half.suptitle(f"bbox read as {READINGS[reading].text}: {fit[reading]:.1%} inside")
         panels = half.subplots(3, 4, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
-        for axes, row in zip(panels.flat, rows):
+        for axes, (row, photo) in zip(panels.flat, photos.items()):
             frame = np.where(np.isfinite(size[[row]]), size[[row]], reach[reading])  # (1, 2)
-            box = to_xywh(data.bbox[[row]], reading, frame)
-            width, height = frame[0]
+            box, frame = to_xywh(data.bbox[[row]], frame, reading)
             colour = BLUE if inside(box, frame)[0] else RED
-            picture = plt.imread(data.photo(photos, row)) if photos else [[[0.9] * 3]]
-            axes.imshow(picture, "gray", extent=(0, width, height, 0))
+            axes.imshow(photo or [[[0.9] * 3]], "gray", extent=(0, frame[0, 0], frame[0, 1], 0))
             axes.add_patch(plt.Rectangle(box[0, :2], *box[0, 2:], fill=False, edgecolor=colour,
                                          linewidth=2))
             axes.axis("scaled")
-            axes.set_title(data.names[data.label[row]])
+            axes.set_title(data.names[data.label[row]][:30])
     return figure
 
 
@@ -232,26 +287,33 @@ def draw_classes(classes):
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.17 * len(counts)))
     axes.bar_label(axes.barh(range(len(counts)), counts, color=BLUE), fmt=" {:,.0f}")
     axes.set_yticks(range(len(counts)), names)
-    axes.set(ylim=(len(counts) - 0.4, -0.6), xlabel="boxes", title="most frequent classes")
+    axes.set(ylim=(len(counts) - 0.4, -0.6), xlabel="boxes",
+             title=f"the {len(counts)} most frequent of {len(classes)} classes")
     return figure
+
+
+def octaves(values):
+    """The powers of two around values, at least one octave apart."""
+    low = np.floor(np.log2(values.min()))
+    return low, max(np.ceil(np.log2(values.max())), low + 1)
 
 
 def draw_boxes(data, box, size):
     figure, (where, *others) = plt.subplots(1, 3 + data.grouped, figsize=(16, 3.6))
     centre = box[:, :2] + box[:, 2:] / 2
     centre /= np.nan_to_num(size, nan=(box[:, :2] + box[:, 2:]).max())
-    cells = int(np.clip(len(box) ** 0.5 / 3, 8, 40))  # fewer boxes in a cell are noise
-    *_, heat = where.hist2d(*centre.T, cells, range=[[0, 1]] * 2, cmin=1)
+    *_, heat = where.hist2d(*centre.T, 25, range=[[0, 1]] * 2, cmin=1)
     figure.colorbar(heat, ax=where, label="boxes")
-    where.set(title="centres", ylim=(1, 0))
-    for axes, (title, values) in zip(others, (
-            ("width : height", box[:, 2] / box[:, 3]),
-            ("root of width x height", np.sqrt(box[:, 2] * box[:, 3])),
+    where.set(title="centres", xlabel="x / width of the image", ylabel="y / height of the image",
+              ylim=(1, 0))
+    for axes, (label, values) in zip(others, (
+            ("width / height", box[:, 2] / box[:, 3]),
+            ("root of width x height, pixels", np.sqrt(box[:, 2] * box[:, 3])),
             ("annotations of an image", np.unique(data.image, return_counts=True)[1]))):
-        axes.hist(np.log2(values), 40, color=BLUE)
-        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+        axes.hist(np.log2(values), 40, range=octaves(values), color=BLUE)
+        axes.locator_params(axis="x", integer=True)
         axes.xaxis.set_major_formatter(lambda power, _: f"{2 ** power:g}")
-        axes.set(title=title, ylabel="count")
+        axes.set(xlabel=label, ylabel="images" if "image" in label else "boxes")
     return figure
 
 
@@ -261,31 +323,26 @@ def draw_sizes(wh, anchors, unit):
     some = np.random.default_rng(0).permutation(wh)[:20000]
     axes.scatter(*some.T, 6, BLUE, alpha=0.2, linewidth=0)
     axes.scatter(*anchors.T, 90, RED, marker="P", edgecolor="white")
-    axes.loglog(base=2**0.5)
-    axes.xaxis.set_major_formatter("{x:.3g}")
-    axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.set(title=f"boxes and anchors in {unit}", xlabel="width", ylabel="height")
+    axes.loglog(base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(title=f"boxes and {len(anchors)} anchors, {unit}", xlabel="width", ylabel="height",
+             xlim=np.exp2(octaves(wh[:, 0])), ylim=np.exp2(octaves(wh[:, 1])))
     return figure
 
 
-def draw_anchors(found):
-    """Side by side and to scale, a row for each k."""
-    side = 1.1 * max(anchors.max() for anchors, _ in found.values())
-    figure, panels = plt.subplots(len(found), squeeze=False,
-                                  figsize=(1.6 * max(found), 2 * len(found)))
-    for axes, (k, (anchors, score)) in zip(panels.flat, found.items()):
-        bars = axes.bar(np.arange(k) * side, anchors[:, 1], anchors[:, 0], align="edge", color=BLUE)
-        axes.bar_label(bars, [f"{w:g} x {h:g}" for w, h in anchors])
-        axes.set(xlim=(0, max(found) * side), ylim=(0, 1.1 * side), aspect="equal")
-        axes.set_title(f"k = {k}, mean IoU {score:.4f}", loc="left")
-        axes.axis("off")
-    return figure
-
-
-def draw_gain(found):
-    figure, axes = plt.subplots()
-    axes.plot(list(found), [score for _, score in found.values()], "o-", color=BLUE)
-    axes.set(xlabel="anchors", ylabel="mean IoU", xticks=list(found))
+def draw_anchors(found, unit):
+    """To scale, with a common centre, a panel for each k."""
+    figure, panels = plt.subplots(1, len(found), squeeze=False, sharey=True,
+                                  figsize=(3.5 * len(found), 4.5))
+    half = 0.55 * max(anchors.max() for anchors, _ in found.values())
+    for axes, (k, (anchors, score)) in zip(panels[0], found.items()):
+        for j, (w, h) in enumerate(anchors):
+            axes.add_patch(plt.Rectangle((-w / 2, -h / 2), w, h, fill=False, edgecolor=f"C{j}",
+                                         linewidth=2, label=f"{w:g} x {h:g}"))
+        axes.set(title=f"k = {k}, mean IoU {score:.4f}", xlabel=unit, aspect="equal",
+                 xlim=(-half, half), ylim=(half, -half))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
     return figure
 
 
@@ -299,62 +356,64 @@ def markdown(*rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def describe_fields(data, reading):
+    """Rows (table, field, example, meaning)."""
+    meanings = MEANINGS | {"bbox": READINGS[reading].text}
+    if data.kind != COCO:
+        numbers = sorted(data.classes, key=lambda key: (len(key), key))
+        meanings[data.class_key] = f"the class, {numbers[0]} to {numbers[-1]}"
+    return [(*key, example, meanings.get(key[1], "")) for key, example in data.fields.items()]
+
+
 def analyse(data, args):
     """The report, {file name: text or figure}."""
     size = data.size[data.image]  # (I, 2) -> (N, 2)
-    results = {"image_id", "category_id", "bbox", "score"} <= {name for _, name in data.fields}
-    alike, fit, reach = try_readings(data.bbox, size, results)
-    turned = try_readings(data.bbox, size[:, ::-1], results)
-    exchanged = fit[alike[0]] < POOR <= turned[1][turned[0][0]]
-    if exchanged:
-        (alike, fit, reach), size = turned, size[:, ::-1]
+    found, fit, reach = find_readings(data.bbox, size, data.area, data.kind)
     if args.bbox_format:
-        alike = [args.bbox_format]
-    why = explain(alike, fit, np.isfinite(size).any(), exchanged)
-    reading = alike[0]
-    if READINGS[reading][2] and np.isnan(size).all():
+        found = [args.bbox_format]
+    why, reading = explain(found, fit, data.bbox, size, data.kind), found[0]
+    if READINGS[reading].whole and np.isnan(size).all():
         size = np.ones_like(size)  # boxes stay fractions
-    box = to_xywh(data.bbox, reading, size)
-    quality, good = check_quality(data, box, size)
+    box, true_size = to_xywh(data.bbox, size, reading)
+    quality, good = check_quality(data, box, true_size)
     if not good.any():
-        raise BadInput(f"no usable {READINGS[reading][0]}: try another --bbox-format")
-    wh, unit = at_input(box[good, 2:], size[good], args.size, args.resize)
-    found = find_anchors(wh, args.k)
+        raise BadInput(f"no usable {READINGS[reading].text}: try another --bbox-format")
+    wh, unit = at_input(box[good, 2:], true_size[good], args.size, args.resize)
+    anchors = find_anchors(wh, args.k)
+    photos = open_photos(data, args.images)
+    for row, photo in photos.items():
+        width, height = true_size[row]
+        if photo and abs(photo.width * height / photo.height / width - 1) > 0.02:
+            why += (f". {data.photo('', row)} has {photo.width} x {photo.height} pixels, in the "
+                    f"file {width:g} x {height:g}")
+            break
 
     classes = count_classes(data)
-    counts = {"boxes": (data.crowd == 0).sum(), "crowds": data.crowd.sum(),
-              "unusable annotations": len(data.unusable), "classes": len(classes),
+    counts = {"boxes": (~data.crowd).sum(), "classes": len(classes),
               "images": len(data.images) * data.grouped}
     summary = f"{data.kind}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
-    fits = [(READINGS[key][0], f"{fit[key]:.2%}", "{:.5g} x {:.5g}".format(*reach[key]))
+    fits = [(READINGS[key].text, f"{fit[key]:.2%}", "{:.5g} x {:.5g}".format(*reach[key]))
             for key in sorted(fit, key=fit.get, reverse=True) if fit[key]]
-    anchors = [f"- k = {k}, mean IoU {score:.4f}: " + ", ".join(f"{w:g},{h:g}" for w, h in anchors)
-               for k, (anchors, score) in found.items()]
+    lines = [f"- k = {k}, mean IoU {score:.4f}: " + ", ".join(f"{w:g},{h:g}" for w, h in sides)
+             for k, (sides, score) in anchors.items()]
     report = [
         "# Annotations", summary, why, data.assumed, "![](readings.png)",
         markdown(("bbox read as", "boxes inside their images", "largest x and y"), *fits),
         "## Fields",
-        markdown(("table", "field", "example"), *((*key, data.fields[key]) for key in data.fields)),
+        markdown(("table", "field", "example", "meaning"), *describe_fields(data, reading)),
         "## Quality", *quality,
-        "## Classes", "![](class_distribution.png)", markdown(CLASSES, *classes),
+        "## Classes", "![](class_distribution.png)",
+        markdown(("id", "name", "boxes", "share"), *classes),
         "## Boxes", "![](bbox_distribution.png)", "![](bbox_wh.png)",
-        "## Anchors", "![](anchors.png)", "![](anchors_iou.png)",
-        f"Anchors: width,height in {unit}", *anchors]
+        "## Anchors", "![](anchors.png)", f"Anchors: width,height in {unit}", *lines]
     other = "xywh" if reading != "xywh" else max(list(fit)[1:], key=fit.get)
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows([CLASSES, *classes])
     return {
         "report.md": "\n\n".join(filter(None, report)) + "\n",
-        "readings.png": draw_readings(data, size, [other, reading], fit, reach, args.images),
+        "readings.png": draw_readings(data, size, photos, [other, reading], fit, reach),
         "class_distribution.png": draw_classes(classes),
-        "class_distribution.csv": table.getvalue(),
-        "bbox_distribution.png": draw_boxes(data, box[good], size[good]),
-        "bbox_wh.png": draw_sizes(wh, found[max(found)][0], unit),
-        "anchors.png": draw_anchors(found),
-        "anchors_iou.png": draw_gain(found),
-        "anchors.json": json.dumps({"unit": unit, "anchors": {
-            k: {"mean_iou": score, "width_height": anchors.tolist()}
-            for k, (anchors, score) in found.items()}}),
+        "bbox_distribution.png": draw_boxes(data, box[good], true_size[good]),
+        "bbox_wh.png": draw_sizes(wh, anchors[max(anchors)][0], unit),
+        "anchors.png": draw_anchors(anchors, unit),
     }
 
 
@@ -403,9 +462,22 @@ def main():
 
 # -------------------------------------------------------------------------------- reading the file
 
-WINDOW = 1 << 18  # characters in memory; more if a record is longer
-POLYGONS = re.compile(r'"segmentation":\s*\[(?:\s*\[[-+.eE0-9,\s]*\],?)+\s*\]')
-CLASSES = "id", "name", "boxes", "share"
+TABLES = "annotations", "images", "categories"
+CLASS_KEYS = "category_id", "category", "category_name", "label", "class", "class_name"
+MEANINGS = {  # https://cocodataset.org/#format-data
+    "id": "number of the image, category or annotation",
+    "file_name": "the photograph",
+    "width": "of the image, in pixels",
+    "height": "of the image, in pixels",
+    "image_id": "id of the image that the object is in",
+    "category_id": "id of the object's class",
+    "area": "of the object, in pixels",
+    "segmentation": "the object's outline: polygons, or run lengths",
+    "iscrowd": "1: one box around many objects",
+    "score": "how certain a detector is, 0 to 1",
+    "name": "of the class",
+    "supercategory": "a group of classes",
+}
 
 COCO_NAMES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,
 fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,
@@ -424,93 +496,45 @@ class BadInput(OSError):
     """A fault in the user's input, and its cure."""
 
 
-class Reader:
-    """Decodes JSON in a window that slides over a file of any length."""
+def drop_polygons(record):
+    """json calls this for each object as soon as it is decoded: polygons fill most of a file."""
+    if "segmentation" in record:
+        record["segmentation"] = "..."
+    return record
 
-    decode = json.JSONDecoder().raw_decode  # (text, start) -> (value, end)
 
-    def __init__(self, stream):
-        self.stream, self.text, self.at, self.place = stream, "", 0, "the start"
+def read_tables(text):
+    """Returns the kind of the file, and its lists of annotations, images and categories."""
+    try:
+        top = json.loads(text, object_hook=drop_polygons)
+    except json.JSONDecodeError as error:
+        more_lines = error.msg == "Extra data" and text[error.pos] in "{,"
+        if text.lstrip()[:1] in ("{", "[") and not more_lines:
+            raise BadInput(f"not valid JSON: {error}: correct it there, or export or download the "
+                           "file again") from None
+        return LINES, read_lines(text), [], []
+    if isinstance(top, list):
+        return LIST, top, [], []
+    if isinstance(top, dict) and "bbox" in top:
+        return LINES, [top], [], []
+    if not isinstance(top, dict) or not isinstance(top.get("annotations"), list):
+        raise BadInput(f"{short(text)!r}: {EXPECTED}")
+    tables = [top.get(name) for name in TABLES]
+    return COCO, *(table if isinstance(table, list) else [] for table in tables)
 
-    def more(self):
-        """Moves the window on; False at the end of the file."""
-        new = self.stream.read(max(WINDOW, len(self.text) - self.at))
-        if new:
-            self.text, self.at = POLYGONS.sub('"segmentation":[]', self.text[self.at:] + new), 0
-            self.batch = self.text.rfind("},") + 1
-        return bool(new)
 
-    def take(self, pattern=None):
-        """Returns what matches a pattern, without blanks, or decodes a value."""
-        while True:
-            try:
-                if pattern:
-                    found = re.compile(rf"\s*({pattern})\s*").match(self.text, self.at)
-                    value, end = found[1], found.end()
-                else:
-                    value, end = self.decode(self.text, self.at)
-                if end + 2 < len(self.text) or not self.more():  # else "1" may become "1e+5"
-                    self.at = end
-                    return value
-            except (ValueError, TypeError):  # TypeError: the pattern is not found
-                if not self.more():
-                    raise BadInput(f"broken or cut off after {self.place}: "
-                                   "export or download it again") from None
-
-    def take_batch(self):
-        """Decodes up to the last "}," of a window at once, which is fast; [] if that fails."""
-        end, self.batch = self.batch, 0
+def read_lines(text):
+    """Records from lines of JSON, with or without quotes and braces; {} from an empty line."""
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        record = line.strip().rstrip(",")
+        if not record.startswith("{"):
+            record = "{" + re.sub(r"\b(\w+)\s*:", r'"\1":', record) + "}"
         try:
-            found = json.loads(f"[{self.text[self.at:end]}]")
-        except ValueError:
-            return []
-        if found:
-            self.at = end
-        return found
-
-    def items(self, closing):
-        """Continues where each item of a list or an object begins."""
-        mark = self.take(rf"\{closing}?")
-        while mark != closing:
-            yield
-            mark = self.take(rf"[,\{closing}]")
-
-    def table(self, name):
-        """Yields (name, number, record) from a list."""
-        number = 0
-        for _ in self.items("]"):
-            self.place = f"{name}[{number}]"
-            for record in self.take_batch() or [self.take()]:
-                yield name, number, record
-                number += 1
-
-    def records(self):
-        """Yields (table, number, record) from a list, or an object's lists."""
-        if self.take(r"[{[]") == "[":
-            yield from self.table("annotations")
-        else:
-            for _ in self.items("}"):
-                self.place = name = str(self.take())
-                self.take(":")
-                if self.take(r"\[?"):
-                    yield from self.table(name)
-                else:
-                    self.take()
-        self.take("$")
-
-
-def read_lines(stream):
-    """Yields ("annotations", line, record) from JSON with or without quotes and braces."""
-    for number, line in enumerate(stream, 1):
-        text = line.strip().rstrip(",")
-        if not text.startswith("{"):
-            text = "{" + re.sub(r"\b(\w+)\s*:", r'"\1":', text) + "}"
-        try:
-            record = json.loads(text)
+            records.append(json.loads(record, object_hook=drop_polygons))
         except ValueError:
             raise BadInput(f"line {number}, {short(line)!r}: {EXPECTED}") from None
-        if record:
-            yield "annotations", number, record
+    return records
 
 
 def identifier(value):
@@ -518,110 +542,97 @@ def identifier(value):
     return str(value).removesuffix(".0") if isinstance(value, (int, float, str)) else None
 
 
-def to_floats(values):
-    """Numbers, or some in quotes, as floats; two NaN if one is anything else or absurd."""
+def to_floats(values, count):
+    """`count` numbers, or some in quotes, as floats; [] if they are anything else or absurd."""
     try:
         floats = [float(value) for value in values]
-        if sum(map(abs, floats)) < 1e9:
-            return floats
+        return floats if len(floats) == count and sum(map(abs, floats)) < 1e9 else []
     except (TypeError, ValueError):
-        pass
-    return [np.nan, np.nan]
+        return []
 
 
-def repeats(values):
-    """(N,) bool: is a row of values (N, M) equal to an earlier one?"""
-    repeated = np.ones(len(values), bool)
-    repeated[np.unique(values, axis=0, return_index=True)[1]] = False
-    return repeated
+def distinct(keys, used):
+    """Distinct keys, those of used (N,) at the end, and (N,) int64: where they are in the list."""
+    found = list(dict.fromkeys([*keys, *used]))
+    row = {key: number for number, key in enumerate(found)}
+    return found, np.array([row[key] for key in used])
 
 
 class Annotations:
     """What is kept of a file: N annotations, I images and C classes.
 
-    bbox (N, 4) float64, as in the file; image, label (N,) int64: row of image and class; crowd (N,)
-    0 or 1; size (I, 2) float64, NaN where unknown; images [I], classes [C]: ids as text; names [C];
-    ids {table: hashes}; fields {(table, field): example}; unusable: annotations left out;
+    bbox (N, 4) float64, as in the file; area (N,) float64, NaN where unknown; image, label (N,)
+    int64: row of image and class; crowd (N,) bool; number (N,): place in the file; size (I, 2)
+    float64 in pixels, NaN where unknown; images [I], classes [C]: ids as text; files [I]; names
+    [C]; unusable: annotations left out; ids {table: list}; fields {(table, field): example};
     grouped: do records name their images?
     """
 
     def __init__(self, path):
-        self.unusable, self.rows, self.fields = [], array("d"), {}
-        self.images, self.details, self.classes, self.named = {}, [], {}, {}
-        self.ids = {table: array("d") for table in ("images", "categories", "annotations")}
-        with open(path, encoding="utf-8-sig", errors="replace") as text:
-            for table, number, record in self.open(text):
-                if table in self.ids:
-                    self.add(table, number, record if isinstance(record, dict) else {})
-        if not self.rows:
-            raise BadInput("; ".join([f"{self.start!r}: {EXPECTED}", *self.unusable[:3]]))
-        columns = np.frombuffer(self.rows).reshape(-1, 8)
-        self.bbox = columns[:, :4]
-        self.image, self.label, self.crowd, self.number = columns[:, 4:].astype(int).T
-        self.size = np.array([details[:2] for details in self.details])
-        self.size[(self.size < 1).any(axis=1)] = np.nan
-        self.grouped, self.assumed = any(isinstance(key, str) for key in self.images), ""
-        for ids in range(80), COCO_IDS:
-            names = dict(zip(map(str, ids), COCO_NAMES))
-            if not self.named and len(self.classes) >= 75 and names.keys() >= self.classes.keys():
-                self.named = names
-                self.assumed = "Class names are assumed: the ids are those of COCO."
-        self.images, self.classes = list(self.images), list(self.classes)
-        self.names = [self.named.get(key, f"id {key}") for key in self.classes]
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            self.kind, *tables = read_tables(file.read())
+        tables = {name: [record if isinstance(record, dict) else {} for record in table]
+                  for name, table in zip(TABLES, tables)}
+        self.ids = {name: [identifier(record.get("id")) for record in table]
+                    for name, table in tables.items()}
+        self.fields = {(name, field): value for name, table in tables.items()
+                       for record in reversed(table[:1000]) for field, value in record.items()}
+        names = {field for name, field in self.fields if name == "annotations"}
+        self.grouped = bool(names & {"image_id", "file_name"})
+        self.class_key = next((key for key in CLASS_KEYS if key in names), None)
+        ids = self.ids["annotations"]
+        if not self.class_key and not self.grouped and len(set(ids)) < len(ids):
+            self.class_key = "id"  # as in the assignment's file; elsewhere it numbers the records
+        self.place = "line {}" if self.kind == LINES else "annotations[{}]"
+        if self.kind == LIST and {"image_id", "category_id"} <= names:
+            self.kind = COCO_LIST
 
-    def open(self, text):
-        """Finds out what the file is, and yields (table, number, record)."""
-        start = text.read(WINDOW).lstrip()
-        self.start = short(start)
-        text.seek(0)
-        try:
-            is_record = not self.ids.keys() & json.loads(start.split("\n")[0]).keys()
-        except (ValueError, AttributeError):  # the first line is no object
-            is_record = start[:1] not in ("{", "[")
-        self.is_coco = start.startswith("{") and not is_record
-        self.class_key = "category_id" if self.is_coco or "category_id" in start else "id"
-        self.place = "line {}" if is_record else "annotations[{}]"
-        self.kind = ("lines of records" if is_record else
-                     "COCO instances JSON" if self.is_coco else "a JSON list")
-        return read_lines(text) if is_record else Reader(text).records()
-
-    def add(self, table, number, record):
-        ids = self.ids[table]
-        if len(ids) < 1000:
-            for name, value in record.items():
-                self.fields.setdefault((table, name), value)
-        key = identifier(record.get("id"))
-        ids.append(len(ids) if key is None else hash(key))
-        if table == "images":
-            self.add_image(key, record)
-        elif table == "categories":
-            self.classes.setdefault(key, len(self.classes))
-            self.named[key] = short(record.get("name", f"id {key}"))
-        else:
+        rows, self.unusable = [], []
+        for number, record in enumerate(tables["annotations"], self.kind == LINES):
+            box = to_floats(record.get("bbox"), 4)
             image = identifier(record.get("image_id", record.get("file_name")))
-            label, bbox = identifier(record.get(self.class_key)), record.get("bbox")
-            box = to_floats(bbox)
-            if len(box) == 4 and label is not None:
-                image = number if image is None else image
-                row = self.add_image(image, {} if self.is_coco else record)
-                label = self.classes.setdefault(label, len(self.classes))
-                self.rows.extend((*box, row, label, record.get("iscrowd") in (1, "1"), number))
-                return
-            place = self.place.format(number)
-            self.unusable.append(f"{place} (id {key}, image {image}) has class {label}, "
-                                 f"bbox {short(bbox)}")
+            label = identifier(record.get(self.class_key)) if self.class_key else "object"
+            if box and label is not None:
+                rows.append((number, record, box, number if image is None else image, label))
+            elif record:
+                self.unusable.append(f"{self.place.format(number)} (image {image}, class {label}, "
+                                     f"bbox {short(record.get('bbox'))})")
+        if not rows:
+            raise BadInput("; ".join([EXPECTED, *self.unusable[:3]]) if self.unusable else
+                           "no annotations")
+        numbers, records, boxes, images, labels = zip(*rows)
+        self.number, self.bbox = np.array(numbers), np.array(boxes)
+        self.crowd = np.array([record.get("iscrowd") in (1, "1") for record in records])
+        self.area = np.array([to_floats([record.get("area")], 1) or [np.nan]
+                              for record in records])[:, 0]
 
-    def add_image(self, key, record):
-        row = self.images.setdefault(key, len(self.images))
-        if record or row == len(self.details):
-            size = to_floats((record.get("width"), record.get("height")))
-            self.details[row:row + 1] = [(*size, record.get("file_name"))]
-        return row
+        details = dict(zip(images, records))
+        if self.kind == COCO:
+            details = dict(zip(self.ids["images"], tables["images"]))
+        self.images, self.image = distinct(details, images)
+        details = [details.get(key, {}) for key in self.images]
+        self.size = np.array([to_floats((image.get("width"), image.get("height")), 2)
+                              or [np.nan] * 2 for image in details])
+        self.size[(self.size < 1).any(axis=1)] = np.nan
+        self.files = [image.get("file_name") for image in details]
+
+        names = {key: record.get("name")
+                 for key, record in zip(self.ids["categories"], tables["categories"])}
+        self.classes, self.label = distinct(names, labels)
+        self.assumed = "" if self.class_key else (
+            'No field names a class: all boxes are of one class, "object".')
+        for ids in range(80), COCO_IDS:
+            coco = dict(zip(map(str, ids), COCO_NAMES))
+            if not names and len(self.classes) >= 75 and coco.keys() >= set(self.classes):
+                names = coco
+                self.assumed = "Class names are assumed: the ids are those of COCO."
+        self.names = [short(names.get(key) or (f"id {key}" if key[:1].isdigit() else key))
+                      for key in self.classes]
 
     def photo(self, folder, row):
-        """The path of an image, by default as in COCO."""
+        """The path of a box's image, by default as in COCO."""
         image = self.image[row]
-        return Path(folder, str(self.details[image][2] or f"{self.images[image]:0>12}.jpg"))
+        return Path(folder, str(self.files[image] or f"{self.images[image]:0>12}.jpg"))
 
 
 if __name__ == "__main__":

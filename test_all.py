@@ -768,17 +768,15 @@ class Analysis(InFolder):
             warnings.simplefilter("error")
             return call(coco_analysis, self.write(content), "--out", "out", *options)
 
-    def test_the_reader_finds_what_json_finds(self):
-        """However the file is laid out, and wherever the window ends."""
+    def test_every_layout_of_a_file_is_read(self):
         whole = made_coco(boxes=40)
-        kept, plain = whole["annotations"], json.dumps(whole).encode()
-        files = [(json.dumps(whole, indent=2), 50), (json.dumps(whole, sort_keys=True), 50),
-                 (b"\xef\xbb\xbf" + plain, 50), (json.dumps(kept), 300),
-                 ("\n".join(map(json.dumps, kept)), 300)]
-        files += [(plain, window) for window in range(5, 40)]
-        for content, window in files:
-            with mock.patch.object(coco_analysis, "WINDOW", window):
-                data = coco_analysis.Annotations(self.write(content))
+        kept = whole["annotations"]
+        lines = [json.dumps(record) for record in kept]
+        for content in (json.dumps(whole, indent=2), json.dumps(whole, sort_keys=True),
+                        b"\xef\xbb\xbf" + json.dumps(whole).encode(), json.dumps(kept),
+                        "\n".join(lines), "\r\n\n".join(line + "," for line in lines), lines[1]):
+            data, kept = coco_analysis.Annotations(self.write(content)), whole["annotations"]
+            kept = kept[1:2] if content == lines[1] else kept
             np.testing.assert_array_equal(data.bbox, [a["bbox"] for a in kept])
             self.assertEqual(data.crowd.tolist(), [a["iscrowd"] == 1 for a in kept])
             for ids, rows, key in ((data.classes, data.label, "category_id"),
@@ -786,26 +784,51 @@ class Analysis(InFolder):
                 self.assertEqual([ids[row] for row in rows], [str(a[key]) for a in kept])
 
     def test_every_order_and_unit_is_recognised(self):
+        """In COCO JSON and in other lists; where sizes are unknown, at least named."""
         rng = np.random.default_rng(0)
         size = rng.integers(200, 1200, (2000, 2)).astype(float)
         wh = size * rng.uniform(0.02, 0.7, (2000, 2))
-        corner = rng.uniform(0, 1, (2000, 2)) * (size - wh)
+        corner, unknown = rng.uniform(0, 1, (2000, 2)) * (size - wh), np.full(2000, np.nan)
         for unit, whole in (("-percent", size / 100), ("-fraction", size), ("", 1)):
             (x, y), (w, h) = (corner / whole).T, (wh / whole).T
             written = {"xywh": (x, y, w, h), "yxwh": (y, x, w, h), "xyxy": (x, y, x + w, y + h),
                        "yxyx": (y, x, y + h, x + w), "cxcywh": (x + w / 2, y + h / 2, w, h)}
             for order, numbers in written.items():
                 bbox = np.stack(numbers, 1)
-                alike, fit, _ = coco_analysis.try_readings(bbox, size)
-                self.assertEqual(fit[order + unit], 1)
-                tie = ["xyxy", "yxyx"] if unit and order in ("xyxy", "yxyx") else [order]
-                self.assertEqual(alike, [key + unit for key in tie])
-                if order in ("xywh", "yxwh"):  # these need no image sizes
-                    alike = coco_analysis.try_readings(bbox, size * np.nan)[0]
-                    self.assertEqual(alike[0], order + unit)
-        large = np.stack([x / 400, y / 400, w, h], 1)  # results are xywh, whatever else fits
-        self.assertEqual(coco_analysis.try_readings(large, size * np.nan)[0][0], "xyxy")
-        self.assertEqual(coco_analysis.try_readings(large, size * np.nan, True)[0], ["xywh"])
+                for kind in coco_analysis.COCO, coco_analysis.LIST:
+                    found, fit, _ = coco_analysis.find_readings(bbox, size, unknown, kind)
+                    self.assertEqual(fit[order + unit], 1)
+                    tie = ["xyxy", "yxyx"] if unit and order in ("xyxy", "yxyx") else [order]
+                    self.assertEqual([key for key in found if key.endswith(unit)][:len(tie)],
+                                     [key + unit for key in tie])
+                    self.assertEqual(len(found) > len(tie), unit == "-percent")  # or pixels
+                    found = coco_analysis.find_readings(bbox, size * np.nan, unknown, kind)[0]
+                    self.assertIn(order + unit, found[:4])
+
+    def test_no_reading_is_certain_where_the_numbers_allow_another(self):
+        rng = np.random.default_rng(1)
+        size = np.tile([1600.0, 900.0], (60, 1))
+        wh = size * rng.uniform(0.05, 0.3, (60, 2))
+        xy, unknown = rng.uniform(0, size - wh), np.full(60, np.nan)
+        boxes, area = np.hstack([xy, wh]), wh.prod(axis=1)
+        leaving, gone = boxes / np.tile(size, 2), rng.random(60) < 0.3
+        leaving[gone, 0] = -0.1
+        toy = np.array([[14.0, 30, 44, 52]])
+        coco, results, records = coco_analysis.COCO, coco_analysis.COCO_LIST, coco_analysis.LIST
+        for bbox, size_in_file, area_in_file, kind, expected in (
+                (toy, size[:1], np.array([44.0 * 52]), coco, "xywh xywh-exchanged yxwh"),
+                (toy, size[:1], unknown[:1], coco, "xywh xywh-percent yxwh-percent xywh-exchanged"),
+                (boxes % 80, size, unknown, coco, "xywh xywh-exchanged yxwh"),
+                (boxes, size[:, ::-1], area, coco, "xywh-exchanged"),
+                (boxes, size[:, ::-1], unknown, records, "xywh-exchanged"),
+                (leaving, size, unknown, coco, "xywh-fraction"),
+                (leaving * 100, size, unknown, coco, "xywh xywh-percent xywh-exchanged yxwh"),
+                (leaving * 100, size, area, coco, "xywh-percent"),
+                (boxes * (~gone)[:, None], size, unknown, coco, "xywh"),
+                (rng.permutation(boxes), size, unknown, coco, "xywh"),
+                (np.hstack([xy, xy + wh]), size * np.nan, unknown, results, "xywh xyxy yxyx")):
+            found, fit, _ = coco_analysis.find_readings(bbox, size_in_file, area_in_file, kind)
+            self.assertEqual(" ".join(found[:4]), expected)
 
     def test_the_report_counts_what_is_there(self):
         whole = made_coco()
@@ -814,43 +837,46 @@ class Analysis(InFolder):
             dict(one, id=900), dict(two, image_id=999), dict(three, bbox=[1, 2, 0, 4]),
             {"id": 7, "image_id": 1}, dict(one, category_id=None),
             dict(one, bbox=[float("nan")] * 4)]
-        whole["categories"].append({"id": "7", "name": "$a|b\n狗"})
+        whole["categories"] += [{"id": "7", "name": "$a|b\n狗"}, {"id": 2, "name": "class 1"}]
         code, out, err = self.analyse(whole)
         self.assertEqual((code, err), (0, ""))
-        for line in ("202 boxes, 1 crowds, 3 unusable annotations, 4 classes, 21 images",
-                     "annotations[203] (id 7, ", "1 without area (left out): annotations[202]",
+        for line in ("202 boxes, 4 classes, 21 images",
+                     "3 unusable (left out): annotations[203] (image 1, class None",
+                     "1 without area (left out): annotations[202]", "1 crowds",
                      "1 repeat an earlier box", "1 refer to missing images: annotations[201]",
-                     "5 annotations with the id of an earlier", "1 categories without annotations"):
+                     "1 ids of categories occur twice: 2"):
             self.assertIn(line, out)
-        counted = Counter(str(a["category_id"]) for a in whole["annotations"][1:203])
-        with open("out/class_distribution.csv", encoding="utf-8") as table:
-            self.assertEqual({row["id"]: int(row["boxes"]) for row in csv.DictReader(table)},
-                             {**counted, "7": 0})
+        report = Path("out/report.md").read_text(encoding="utf-8")
+        counted = Counter(a["category_id"] for a in whole["annotations"][1:203])
+        for key, count in counted.items():
+            self.assertIn(f"| {key} | class {key - 1} | {count} |", report)
+        for row in ("| 7 | \\$a\\|b 狗 | 0 |", "| annotations | bbox |", "| \\[x, y, width, height\\] |",
+                    "| images | width | 640 | of the image, in pixels |"):
+            self.assertIn(row, report)
         wh = np.array([a["bbox"][2:] for a in whole["annotations"][1:200]]) * 416 / [640, 480]
         rows = re.findall(r"k = \d, mean IoU (\S+): (.+)", out)
         self.assertEqual(len(rows), 4)
         for score, sides in rows:
-            anchors = np.array(re.findall(r"\d+", sides), float).reshape(-1, 2)
+            anchors = np.array(re.findall(r"[\d.]+", sides), float).reshape(-1, 2)
             self.assertAlmostEqual(iou(wh, anchors).max(axis=1).mean(), float(score), places=4)
 
-    def test_names_are_assumed_only_for_cocos_ids(self):
+    def test_classes_are_found_and_names_assumed_only_for_cocos_ids(self):
         record = "id: {}, height: 330, width: 1093, bbox:[69, 464, 312, 175],\n"
-        for ids, named in ((range(80), True), (coco_analysis.COCO_IDS, True), (range(2), False),
-                           (range(81), False)):
-            data = coco_analysis.Annotations(self.write("".join(map(record.format, ids))))
-            self.assertEqual(data.names[0], "person" if named else "id 0")
-            self.assertEqual(coco_analysis.try_readings(data.bbox, data.size)[0], ["yxwh"])
+        for ids, name in ((range(80), "person"), (coco_analysis.COCO_IDS, "person"),
+                          (range(2), "id 0"), (range(81), "id 0")):
+            data = coco_analysis.Annotations(self.write("".join(map(record.format, [*ids, *ids]))))
+            self.assertEqual((data.names[0], len(data.classes)), (name, len(ids)))
+        for field, names in (("category", ["fox"]), ("label", ["fox"]), ("class", ["fox"]),
+                             ("category_id", ["id 7", "id 8"]), ("source", ["object"])):
+            records = [{"id": i, "image_id": 1, "bbox": [1, 2, 3, 4], field: "fox"} for i in (7, 8)]
+            if field == "category_id":
+                records = [record | {field: record["id"]} for record in records]
+            self.assertEqual(coco_analysis.Annotations(self.write(json.dumps(records))).names, names)
 
     def test_letterboxed_images_keep_their_shape(self):
         wh, size = np.array([[320.0, 120.0]]), np.array([[640.0, 480.0]])
         found, _ = coco_analysis.at_input(wh, size, 416, "letterbox")
         self.assertEqual(found.tolist(), [[208, 78]])
-
-    def test_decimals_keep_the_mean_iou(self):
-        wh = made_boxes() / 100
-        for k, (anchors, score) in coco_analysis.find_anchors(wh, [5]).items():
-            self.assertGreater(iou(wh, anchors).max(axis=1).mean(), kmeans(wh, k)[1] - 5e-4)
-            self.assertEqual(anchors.tolist(), anchors.round(3).tolist())
 
     def test_boxes_are_drawn_on_photographs_also_if_sizes_were_exchanged(self):
         Image.new("RGB", (640, 480), "lime").save("3.png")
@@ -859,20 +885,23 @@ class Analysis(InFolder):
             image |= {"width": 480, "height": 640}
         code, out, err = self.analyse(whole, "--images", ".", "--k", 1)
         self.assertEqual((code, err), (0, ""))
-        self.assertRegex(out, "100.0% of the boxes .* were exchanged")
+        self.assertRegex(out, "width and height are exchanged: 100.0%")
         with Image.open("out/readings.png") as picture:
             self.assertTrue((np.array(picture)[..., :3] == (0, 255, 0)).all(axis=2).any())
         self.assertRefused(self.analyse(whole, "--images", "nowhere", "--k", 1), "--images")
 
     def test_bad_files_get_one_line_and_no_report(self):
         good = json.dumps(made_coco(images=3, boxes=6))
-        bad = {"": "expected", "hello": "hello", '{"annotations": []}': "expected",
-               '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]': "(id None, image 1)",
-               '{"a": 1}\n{"a": ': "line 2", good + "x": "broken",
-               good.replace('"id": 3}', '"id" 3}'): "after annotations[3]"}
-        bad |= {good[:cut]: "" for cut in range(1, len(good), 7)}
+        zero = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 0, 0]}
+        bad = {"": "no annotations", "hello": "line 1, 'hello': expected COCO JSON",
+               '{"annotations": []}': "no annotations", '{"a": 1}': "expected COCO JSON",
+               '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]': "annotations[0]",
+               '{"a": 1}\n{"a": ': "line 2", good + "x": f"line 1 column {len(good) + 1}",
+               good.replace("}]", "},\n]"): "line 2 column 1",
+               json.dumps([zero]): "no box has an area"}
+        bad |= {good[:cut]: "line 1 column" for cut in range(1, len(good), 7)}
         for content, message in bad.items():
-            self.assertRefused(self.analyse(content), message)
+            self.assertRefused(self.analyse(content), "file.json", message)
         for path in ("nothing.json", self.folder):
             self.assertRefused(call(coco_analysis, path), path)
         with mock.patch.object(plt.Figure, "savefig", side_effect=OSError(28, "No space left")):
@@ -886,8 +915,8 @@ class Analysis(InFolder):
         done = subprocess.run([sys.executable, coco_analysis.__file__, "file.json", "--k", "2"],
                               capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        names = "anchors.json anchors.png anchors_iou.png bbox_distribution.png bbox_wh.png " \
-                "class_distribution.csv class_distribution.png readings.png report.md"
+        names = ("anchors.png bbox_distribution.png bbox_wh.png class_distribution.png "
+                 "readings.png report.md")
         self.assertEqual(sorted(os.listdir("analysis/file")), names.split())
 
 
