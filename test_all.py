@@ -841,7 +841,7 @@ class Analysis(InFolder):
         code, out, err = self.analyse(whole)
         self.assertEqual((code, err), (0, ""))
         for line in ("202 boxes, 4 classes, 21 images",
-                     "3 unusable (left out): annotations[203] (image 1, class None",
+                     "3 unusable (left out): annotations[203] (class None, bbox None)",
                      "1 without area (left out): annotations[202]", "1 crowds",
                      "1 repeat an earlier box", "1 refer to missing images: annotations[201]",
                      "1 ids of categories occur twice: 2"):
