@@ -23,7 +23,7 @@ import numpy as np
 STARTS = 16
 COARSE = 500  # merged boxes: for k-means and jumps,
 FINE = 4000   # and for steps
-SIZES = (0.1, 0.03, 0.01, 0.003, 0.001)  # of steps
+SIZES = (0.1, 0.03, 0.01, 0.003)  # of steps
 GAIN = 1e-6   # smaller gains are rounding errors
 
 
