@@ -278,17 +278,22 @@ def draw_readings(data, size, photos, readings, fit, reach):
             axes.add_patch(plt.Rectangle(box[0, :2], *box[0, 2:], fill=False, edgecolor=colour,
                                          linewidth=2))
             axes.axis("scaled")
-            axes.set_title(data.names[data.label[row]][:30])
+            axes.set_title(data.names[data.label[row]][:25])
     return figure
 
 
 def draw_classes(classes):
-    _, names, counts, _ = zip(*classes[:80])
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.17 * len(counts)))
-    axes.bar_label(axes.barh(range(len(counts)), counts, color=BLUE), fmt=" {:,.0f}")
-    axes.set_yticks(range(len(counts)), names)
-    axes.set(ylim=(len(counts) - 0.4, -0.6), xlabel="boxes",
-             title=f"the {len(counts)} most frequent of {len(classes)} classes")
+    shown = classes[:81]
+    columns = [shown[start:start + 27] for start in range(0, len(shown), 27)]
+    figure, panels = plt.subplots(1, len(columns), squeeze=False, sharex=True,
+                                  figsize=(2 + 2.8 * len(columns), 0.8 + 0.17 * len(columns[0])))
+    figure.suptitle(f"boxes of {len(shown)} of {len(classes)} classes, the most frequent first")
+    for axes, column in zip(panels[0], columns):
+        _, names, counts, _ = zip(*column)
+        axes.bar_label(axes.barh(range(len(counts)), counts, color=BLUE), fmt=" {:,.0f}")
+        axes.set_yticks(range(len(counts)), names)
+        axes.set_ylim(len(columns[0]) - 0.4, -0.6)
+        axes.margins(x=0.2)
     return figure
 
 
@@ -302,7 +307,7 @@ def draw_boxes(data, box, size):
     figure, (where, *others) = plt.subplots(1, 3 + data.grouped, figsize=(16, 3.6))
     centre = box[:, :2] + box[:, 2:] / 2
     centre /= np.nan_to_num(size, nan=(box[:, :2] + box[:, 2:]).max())
-    *_, heat = where.hist2d(*centre.T, 25, range=[[0, 1]] * 2, cmin=1)
+    *_, heat = where.hist2d(*centre.T, 25, range=[[0, 1]] * 2, cmin=1, vmin=0)
     figure.colorbar(heat, ax=where, label="boxes")
     where.set(title="centres", xlabel="x / width of the image", ylabel="y / height of the image",
               ylim=(1, 0))
@@ -321,7 +326,7 @@ def draw_sizes(wh, anchors, unit):
     """On logarithmic axes, as IoU is about ratios."""
     figure, axes = plt.subplots()
     some = np.random.default_rng(0).permutation(wh)[:20000]
-    axes.scatter(*some.T, 6, BLUE, alpha=0.2, linewidth=0)
+    axes.scatter(*some.T, 6, BLUE, alpha=0.2 if len(wh) > 1000 else 1, linewidth=0)
     axes.scatter(*anchors.T, 90, RED, marker="P", edgecolor="white")
     axes.loglog(base=2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -600,7 +605,7 @@ class Annotations:
         self.bbox, self.number = np.array([boxes[i] for i in good]), np.array(good) + first
         self.crowd = np.array([record.get("iscrowd") in (1, "1") for record in records])
         area = (record.get("area") for record in records)
-        self.area = np.array([a if isinstance(a, (int, float)) else np.nan for a in area])
+        self.area = np.array([a if isinstance(a, (int, float)) else np.nan for a in area], float)
 
         used = [identifier(record.get("image_id", record.get("file_name"))) for record in records]
         used = [number if key is None else key for key, number in zip(used, good)]
@@ -623,7 +628,7 @@ class Annotations:
             if not names and len(self.classes) >= 75 and coco.keys() >= set(self.classes):
                 names = coco
                 self.assumed = "Class names are assumed: the ids are those of COCO."
-        self.names = [short(names.get(key) or (f"id {key}" if key[:1].isdigit() else key))
+        self.names = [short(names.get(key) or (f"id {key}" if str(key)[:1].isdigit() else key))
                       for key in self.classes]
 
     def photo(self, folder, row):
