@@ -7,9 +7,8 @@
 The file is COCO JSON, or records with a `bbox`: a JSON list (detection results), JSON lines, or
 lines like `id: 0, height: 330, width: 1093, bbox:[69, 464, 312, 175],`. The command prints
 
-    lines of records: 10,105 boxes, 80 classes
     bbox is [y, x, width, height]: 100.0% of the boxes lie inside their images; ...
-    - k = 3, mean IoU 0.6329: 71,139, 149,77, 158,160
+    - k = 3, mean IoU 0.6329: 71.2,139, 149,76.5, 158,160
 """
 import argparse
 import json
@@ -40,7 +39,7 @@ class Reading(NamedTuple):
     exchanged: bool = False  # the file exchanges the images' width and height
 
 
-READINGS = {
+READINGS = {  # the most common first, which wins a tie
     "xywh": Reading("[x, y, width, height]", lambda a, b, c, d: (a, b, c, d)),
     "yxwh": Reading("[y, x, width, height]", lambda a, b, c, d: (b, a, c, d)),
     "xyxy": Reading("[x1, y1, x2, y2]", lambda a, b, c, d: (a, b, c - a, d - b)),
@@ -48,16 +47,17 @@ READINGS = {
     "cxcywh": Reading("[center x, center y, width, height]",
                       lambda a, b, c, d: (a - c / 2, b - d / 2, c, d)),
 }
-PIXELS = list(READINGS)  # the most common first, which wins a tie
-for suffix, words, whole in ("-fraction", "as fractions", 1), ("-percent", "in percent", 100):
-    for key in PIXELS:
-        text, order, *_ = READINGS[key]
-        READINGS[key + suffix] = Reading(f"{text} {words}", order, whole)
-FRACTIONS, PERCENTS = list(READINGS)[5:10], list(READINGS)[10:]
+PIXELS = list(READINGS)
+FRACTIONS = [key + "-fraction" for key in PIXELS]
+PERCENTS = [key + "-percent" for key in PIXELS]
+for key, fraction, percent in zip(PIXELS, FRACTIONS, PERCENTS):
+    text, order, *_ = READINGS[key]
+    READINGS[fraction] = Reading(f"{text} as fractions", order, 1)
+    READINGS[percent] = Reading(f"{text} in percent", order, 100)
 EXCHANGED = "xywh-exchanged"  # other orders cannot be told from exchanged numbers
-PIXELS.append(EXCHANGED)
 READINGS[EXCHANGED] = READINGS["xywh"]._replace(
     text="[x, y, width, height], and the images' width and height are exchanged", exchanged=True)
+PIXELS.append(EXCHANGED)
 
 COCO, COCO_LIST = "COCO instances JSON", "COCO results or annotations in a list"
 LIST, LINES = "a JSON list", "lines of records"
@@ -114,12 +114,18 @@ def find_readings(bbox, size, area, kind):
     def alike(keys):  # as good as the best
         return [key for key in keys if fit[key] > max(map(fit.get, keys)) - 0.01]
 
-    found = alike(keys)
-    best = fit[found[0]]
+    found, best = alike(keys), max(map(fit.get, keys))
     if specified and best - fit[keys[0]] <= (0.05 if best >= 0.8 else 0.3):
-        found = list(dict.fromkeys([keys[0], *found]))  # the specification, not noise
-    if not sized:
-        found = without_sizes(found, keys, reach, len(bbox) >= 20, kind == COCO_LIST)
+        found = list(dict.fromkeys(keys[:1] + found))  # the specification, not noise
+    if not sized:  # most orders fit
+        first = found[:1] if kind == COCO_LIST else []
+        narrow, wide = sorted(keys[:2], key=lambda key: reach[key].prod())
+        corners = [key for key in found if key.startswith(("xyxy", "yxyx"))]
+        if corners and len(bbox) >= 20:  # x1 < x2 and y1 < y2 in all boxes is no coincidence
+            found = corners
+        elif reach[wide].prod() > 1.1 * reach[narrow].prod():  # exchanging x and y spreads boxes
+            found = [key for key in found if key != wide]
+        found = list(dict.fromkeys(first + found))
     where = 1 if unit is PIXELS else len(found)
     found[where:where] = alike(other_unit)[:2]
     return found[:1] if best < 0.5 else found, fit, reach
@@ -133,36 +139,22 @@ def find_unit(bbox, size, fit, reach):
     if fit[best] >= 0.8 and fit[best] > 0.05 + max(map(fit.get, PIXELS)):
         return PERCENTS, []
     # Pixels below 100 fit as percent, too. But percent reach 100, and as pixels leave images empty.
-    reached, many = reach[best.removesuffix("-percent")], len(bbox) >= 20
-    filled = (reached / np.median(size, axis=0)).max()  # NaN without sizes
-    if fit[best] < 0.5 or filled > 0.9 or many and reached.min() < 80:
+    low, high = np.sort(reach[best.removesuffix("-percent")])
+    filled = (high / np.median(size, axis=0)).max()  # NaN without sizes
+    many = len(bbox) >= 20
+    if fit[best] < 0.5 or filled > 0.9 or many and low < 80:
         return PIXELS, []
-    if (many and fit[best] >= 0.9 and not filled >= 0.5
-            and reached.min() >= 97 and reached.max() <= 102):
+    if many and fit[best] >= 0.9 and low >= 97 and high <= 102 and not filled >= 0.5:
         return PERCENTS, PIXELS
     return PIXELS, PERCENTS
-
-
-def without_sizes(found, keys, reach, many, specified):
-    """Without image sizes most orders fit. But x1 < x2 and y1 < y2 in all boxes is no coincidence,
-    and exchanging x and y spreads the boxes.
-    """
-    first = found[:1] if specified else []
-    corners = [key for key in found if key.startswith(("xyxy", "yxyx"))]
-    if corners and many:
-        return list(dict.fromkeys(first + corners))
-    narrow, wide = sorted(keys[:2], key=lambda key: reach[key].prod())
-    spread = reach[wide].prod() > 1.1 * reach[narrow].prod()
-    return first + [key for key in found if key not in first and not (key == wide and spread)]
 
 
 def explain(found, fit, bbox, size, kind):
     """A sentence: the first of the readings found, its evidence, and what else is possible."""
     best, *others = found
-    why = f"bbox is {READINGS[best].text}"
-    if best == "xywh" and kind.startswith("COCO"):
-        why += ", as COCO specifies"
-    why += f": {fit[best]:.1%} of the boxes"
+    by_specification = best == "xywh" and kind.startswith("COCO")
+    why = (f"bbox is {READINGS[best].text}{', as COCO specifies' if by_specification else ''}: "
+           f"{fit[best]:.1%} of the boxes")
     if (bbox[:, 2:] <= 0).any():
         why += " with an area"
     why += (" lie inside their images" if np.isfinite(size).any() else
@@ -193,7 +185,7 @@ def count_classes(data):
 
 
 def check_quality(data, box, size):
-    """A line for each oddity of boxes (N, 4) in images (N, 2), and (N,) bool: those to cluster."""
+    """Lines about odd boxes (N, 4) in images of size (N, 2), and (N,) bool: boxes to cluster."""
     lines, good = [], np.ones(len(box), bool)
 
     def say(what, places):
@@ -386,17 +378,15 @@ def analyse(data, args):
     wh, unit = at_input(box[good, 2:], true_size[good], args.size, args.resize)
     anchors = find_anchors(wh, args.k)
     photos = open_photos(data, args.images)
-    for row, photo in photos.items():
-        width, height = true_size[row]
-        if photo and abs(photo.width * height / photo.height / width - 1) > 0.02:
-            why += (f". {data.photo('', row)} has {photo.width} x {photo.height} pixels, in the "
-                    f"file {width:g} x {height:g}")
-            break
+    odd = [f". {data.photo(args.images, row)} has another shape than in the file"
+           for row, photo in photos.items() if photo and not np.isclose(
+               photo.width / photo.height, true_size[row, 0] / true_size[row, 1], rtol=0.02)]
+    why += "".join(odd[:1])
 
     classes = count_classes(data)
-    counts = {"boxes": (~data.crowd).sum(), "classes": len(classes),
-              "images": len(data.images) * data.grouped}
-    summary = f"{data.kind}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
+    summary = f"{data.kind}: {(~data.crowd).sum():,} boxes, {len(classes)} classes"
+    if data.grouped:
+        summary += f", {len(data.images):,} images"
     fits = [(READINGS[key].text, f"{fit[key]:.2%}", "{:.5g} x {:.5g}".format(*reach[key]))
             for key in sorted(fit, key=fit.get, reverse=True) if fit[key]]
     lines = [f"- k = {k}, mean IoU {score:.4f}: " + ", ".join(f"{w:g},{h:g}" for w, h in sides)
@@ -439,14 +429,14 @@ def write(files, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", help="of annotations")
-    parser.add_argument("--out", help="folder of the report (analysis/<name>)")
-    parser.add_argument("--k", type=int, nargs="+", default=[3, 4, 5, 6],
-                        help="numbers of anchors (3 4 5 6)")
-    parser.add_argument("--size", type=int, default=416, help="side of the network's input (416)")
-    parser.add_argument("--resize", choices=["stretch", "letterbox"], default="stretch",
-                        help="stretch images (YOLOv2), or keep their shape (YOLOv5)")
-    parser.add_argument("--bbox-format", choices=READINGS, help="what bbox is")
-    parser.add_argument("--images", metavar="FOLDER", help="draw boxes on the photographs in it")
+    add = parser.add_argument
+    add("--out", help="folder of the report (analysis/<name>)")
+    add("--k", type=int, nargs="+", default=[3, 4, 5, 6], help="numbers of anchors (3 4 5 6)")
+    add("--size", type=int, default=416, help="side of the network's input (416)")
+    add("--resize", choices=["stretch", "letterbox"], default="stretch",
+        help="stretch images (YOLOv2), or keep their shape (YOLOv5)")
+    add("--bbox-format", choices=READINGS, help="what bbox is")
+    add("--images", metavar="FOLDER", help="draw boxes on the photographs in it")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Glyph .* missing")
     place = args.file
@@ -457,9 +447,8 @@ def main():
             place = Path(args.out or Path("analysis", Path(args.file).stem))
             write(files, place)
     except OSError as error:
-        place = getattr(error, "filename", None) or place
-        what = getattr(error, "strerror", None) or error
-        print(f"coco_analysis.py: {place}: {what}", file=sys.stderr)
+        print(f"coco_analysis.py: {error.filename or place}: {error.strerror or error}",
+              file=sys.stderr)
         sys.exit(2)
     text = [line for line in files["report.md"].split("\n") if line[:1] not in "#!|"]
     print(*text, f"report: {place / 'report.md'}", sep="\n")
@@ -474,12 +463,12 @@ MEANINGS = {  # https://cocodataset.org/#format-data
     "file_name": "the photograph",
     "width": "of the image, in pixels",
     "height": "of the image, in pixels",
-    "image_id": "id of the image that the object is in",
+    "image_id": "id of the object's image",
     "category_id": "id of the object's class",
     "area": "of the object, in pixels",
-    "segmentation": "the object's outline: polygons, or run lengths",
+    "segmentation": "outline: polygons, or run lengths",
     "iscrowd": "1: one box around many objects",
-    "score": "how certain a detector is, 0 to 1",
+    "score": "a detector's confidence, 0 to 1",
     "name": "of the class",
     "supercategory": "a group of classes",
 }
