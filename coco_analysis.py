@@ -512,7 +512,7 @@ def read_tables(path):
         return LIST, top, [], []
     if isinstance(top, dict) and "bbox" in top:
         return LINES, [top], [], []
-    if not isinstance(top, dict) or not isinstance(top.get("annotations"), list):
+    if not isinstance(top, dict) or not set(TABLES) & top.keys():
         raise BadInput(f"{short(text)!r}: {EXPECTED}")
     tables = [top.get(name) for name in TABLES]
     return COCO, *(table if isinstance(table, list) else [] for table in tables)

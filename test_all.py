@@ -887,7 +887,9 @@ class Analysis(InFolder):
         self.assertEqual(found.tolist(), [[208, 78]])
 
     def test_boxes_are_drawn_on_photographs_also_if_sizes_were_exchanged(self):
-        Image.new("RGB", (640, 480), "lime").save("3.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was held sideways
+        Image.new("RGB", (480, 640), "lime").save("3.png", exif=exif)
         whole = made_coco()
         for image in whole["images"]:
             image |= {"width": 480, "height": 640}
@@ -896,13 +898,17 @@ class Analysis(InFolder):
         self.assertRegex(out, "width and height are exchanged: 100.0%")
         with Image.open("out/readings.png") as picture:
             self.assertTrue((np.array(picture)[..., :3] == (0, 255, 0)).all(axis=2).any())
+        self.assertNotIn("another shape", out)
+        Image.new("RGB", (480, 640), "lime").save("3.png")
+        out = self.analyse(whole, "--images", ".", "--k", 1)[1]
+        self.assertIn("3.png has another shape than in the file", out)
         self.assertRefused(self.analyse(whole, "--images", "nowhere", "--k", 1), "--images")
 
     def test_bad_files_get_one_line_and_no_report(self):
         good = json.dumps(made_coco(images=3, boxes=6))
         zero = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 0, 0]}
         bad = {"": "no annotations", "hello": "line 1, 'hello': expected COCO JSON",
-               '{"annotations": []}': "no annotations", '{"a": 1}': "expected COCO JSON",
+               '{"images": [], "categories": []}': "no annotations", '{"a": 1}': "expected COCO",
                '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]': "annotations[0]",
                '{"a": 1}\n{"a": ': "line 2", good + "x": f"line 1 column {len(good) + 1}",
                good.replace("}]", "},\n]"): "line 2 column 1",
