@@ -819,6 +819,7 @@ class Analysis(InFolder):
         wh = size * rng.uniform(0.05, 0.3, (60, 2))
         xy, unknown = rng.uniform(0, size - wh), np.full(60, np.nan)
         boxes, area = np.hstack([xy, wh]), wh.prod(axis=1)
+        corners = np.hstack([xy, xy + wh])
         leaving, gone = boxes / np.tile(size, 2), rng.random(60) < 0.3
         leaving[gone, 0] = -0.1
         toy = np.array([[14.0, 30, 44, 52]])
@@ -834,7 +835,11 @@ class Analysis(InFolder):
                 (leaving * 100, size, area, coco, "xywh-percent"),
                 (boxes * (~gone)[:, None], size, unknown, coco, "xywh"),
                 (rng.permutation(boxes), size, unknown, coco, "xywh"),
-                (np.hstack([xy, xy + wh]), size * np.nan, unknown, results, "xywh xyxy yxyx")):
+                (corners, size, corners[:, 2:].prod(axis=1), coco, "xyxy"),
+                (np.hstack([leaving[:, :2], leaving[:, :2] + leaving[:, 2:]]), size, unknown, coco,
+                 "xyxy-fraction yxyx-fraction"),
+                (boxes[:, [1, 0, 2, 3]], size * np.nan, unknown, records, "yxwh"),
+                (corners, size * np.nan, unknown, results, "xywh xyxy yxyx")):
             found, fit, _ = coco_analysis.find_readings(bbox, size_in_file, area_in_file, kind)
             self.assertEqual(" ".join(found[:4]), expected)
 
