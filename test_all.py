@@ -821,13 +821,19 @@ class Analysis(InFolder):
         boxes, area = np.hstack([xy, wh]), wh.prod(axis=1)
         corners = np.hstack([xy, xy + wh])
         leaving, gone = boxes / np.tile(size, 2), rng.random(60) < 0.3
-        leaving[gone, 0] = -0.1
+        leaving[gone, 0], leaving[0, 2] = -0.1, 1.3
+        fractions = boxes / np.tile(size, 2)
         toy = np.array([[14.0, 30, 44, 52]])
         coco, results, records = coco_analysis.COCO, coco_analysis.COCO_LIST, coco_analysis.LIST
         for bbox, size_in_file, area_in_file, kind, expected in (
                 (toy, size[:1], np.array([44.0 * 52]), coco, "xywh xywh-exchanged yxwh"),
                 (toy, size[:1], unknown[:1], coco, "xywh xywh-percent yxwh-percent xywh-exchanged"),
-                (boxes % 80, size, unknown, coco, "xywh xywh-exchanged yxwh"),
+                (fractions * 70, size, unknown, coco, "xywh xywh-exchanged yxwh"),
+                (np.array([[1.0, 2, 97, 96]]), size[:1], unknown[:1], records,
+                 "xywh xywh-percent yxwh-percent yxwh"),
+                (fractions * 99, 0 * size + 99, unknown, coco, "xywh"),
+                (fractions * 100, size / 25, unknown, coco, "xywh-percent"),
+                (boxes * 3, size, unknown, coco, "xywh"),
                 (boxes, size[:, ::-1], area, coco, "xywh-exchanged"),
                 (boxes, size[:, ::-1], unknown, records, "xywh-exchanged"),
                 (leaving, size, unknown, coco, "xywh-fraction"),
