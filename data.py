@@ -2,6 +2,7 @@
 
     python data.py                              # downloads Tiny ImageNet, decodes it, describes it
     python data.py --dataset shapes             # the built-in data set; no download
+    python data.py --dataset folder --data-dir photos       # one folder of pictures per class
     python data.py --export-coco boxes.json     # its bounding boxes as a COCO file
 
 prints the numbers of images and classes and the size of each split, and writes samples.png.
@@ -9,6 +10,7 @@ prints the numbers of images and classes and the size of each split, and writes 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 import zipfile
@@ -19,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+os.environ["MPLBACKEND"] = "Agg"  # draws into files, also if a notebook has set another backend
+
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-
-matplotlib.use("Agg")  # draws into files; needs no screen
-import matplotlib.pyplot as plt
+from PIL import Image, ImageOps
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -45,19 +46,24 @@ class Dataset(NamedTuple):
     labels: torch.Tensor        # (N,) int64, 0 ... number of classes - 1
     boxes: torch.Tensor         # (N, 4) int64: x0, y0, x1, y1 in pixels; x1 and y1 are exclusive
     official_val: torch.Tensor  # (N,) bool: belongs to the official validation set
+                                # (boxes and official_val are None for a folder of pictures)
     class_names: list           # label -> name, "goldfish"
 
 
 def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
     """Returns a Dataset, of the first `classes` classes only if that is given. Raises UsageError.
 
-    "shapes" is drawn from seed; "tiny-imagenet" is read from data_dir and downloaded if missing.
+    "shapes" is drawn from seed; "folder" is read from data_dir, which has a folder of pictures for
+    each class; "tiny-imagenet" is read from data_dir, and downloaded if missing.
     """
-    dataset = shapes(seed) if name == "shapes" else tiny_imagenet(Path(data_dir))
+    if name == "shapes":
+        dataset = shapes(seed)
+    else:
+        dataset = (folder if name == "folder" else tiny_imagenet)(Path(data_dir))
     if classes is None:
         return dataset
     kept = dataset.labels < classes
-    columns = (column[kept] for column in dataset[:4])
+    columns = (None if column is None else column[kept] for column in dataset[:4])
     return Dataset(*columns, dataset.class_names[:classes])
 
 
@@ -66,8 +72,11 @@ def split(dataset, kind="70-30", seed=0):
 
     "70-30" draws 70 % of each class (385 of its 550 images) with seed: the assignment's split,
     stratified. "official" is the data set's own, 100,000 and 10,000 images, which papers report.
+    Raises UsageError if it has none.
     """
     if kind == "official":
+        if dataset.official_val is None:
+            raise UsageError("--split official: a folder of pictures has no official split")
         return torch.where(~dataset.official_val)[0], torch.where(dataset.official_val)[0]
     generator = torch.Generator().manual_seed(seed)
     train_indices, val_indices = [], []
@@ -91,11 +100,14 @@ def shuffled(indices):
 
 def tiny_imagenet(data_dir):
     """Returns the Dataset, from the cache if there is one. Raises UsageError."""
-    cache = data_dir / CACHE
+    cache, archive = data_dir / CACHE, data_dir / f"{FOLDER}.zip"
+    folder = data_dir if (data_dir / "wnids.txt").exists() else data_dir / FOLDER
     if cache.exists():
-        # mmap: pages of the 1.4 GB are read when they are used, and shared between processes
-        return Dataset(**torch.load(cache, mmap=True, weights_only=True))
-    folder, archive = data_dir / FOLDER, data_dir / f"{FOLDER}.zip"
+        try:
+            # mmap: pages of the 1.4 GB are read when they are used, and shared between processes
+            return Dataset(**torch.load(cache, mmap=True, weights_only=True))
+        except Exception as error:  # torch.load raises a dozen types for damaged files
+            raise UsageError(f"{cache}: damaged: delete it and start again") from error
     source = folder if folder.is_dir() else archive  # which need not be extracted
     if not source.exists():
         download(archive)
@@ -104,7 +116,9 @@ def tiny_imagenet(data_dir):
             folder = zipfile.Path(archive) / FOLDER
         class_names, rows = list_images(folder)
         files, labels, boxes, official_val = zip(*rows)
-        images = torch.from_numpy(decode(files))
+        images, errors = decode(files)
+        if errors:
+            raise next(iter(errors.values()))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UsageError(f"{source}: not the complete Tiny ImageNet ({error}): delete it and start "
                          "again") from error
@@ -152,21 +166,79 @@ def list_images(folder):
 
 
 def decode(files):
-    """Decodes JPEG files into one array (N, 3, 64, 64) uint8; grey images become RGB."""
-    def decode_one(path):
+    """Reads pictures in threads. Returns images (N, 3, 64, 64) uint8, and {index: its OSError} of
+    those that cannot be read.
+    """
+    def attempt(path):
         try:
-            with path.open("rb") as file:
-                return np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1)
+            return read_picture(path)
         except OSError as error:
-            raise ValueError(f"{path}: {error}") from error
+            return error
 
-    images = np.empty((len(files), 3, SIZE, SIZE), np.uint8)
+    images, errors = torch.zeros(len(files), 3, SIZE, SIZE, dtype=torch.uint8), {}
     progress = Progress()
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
-        for index, image in enumerate(pool.map(decode_one, files)):
-            images[index] = image
+        for index, image in enumerate(pool.map(attempt, files)):
+            if isinstance(image, OSError):
+                errors[index] = image
+            else:
+                images[index] = image
             progress.show(f"decoded {index:,} of {len(files):,} images")
-    return images
+    return images, errors
+
+
+def read_picture(path):
+    """Reads the central square of a picture of any size and mode, as (3, 64, 64) uint8.
+
+    Transparent pixels become white; greys of more than 8 bits fill the range 0 ... 255. Raises
+    OSError, which names the file.
+    """
+    try:
+        file = path.open("rb") if isinstance(path, zipfile.Path) else open(path, "rb")
+        with file, Image.open(file) as picture:
+            picture.draft("RGB", (2 * SIZE, 2 * SIZE))  # large JPEGs: decodes fewer pixels
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode[0] in "IF":  # 16 or 32 bits
+                grey = np.array(picture, np.float32)
+                picture = Image.fromarray(np.uint8((grey - grey.min()) * 255 / (np.ptp(grey) or 1)))
+            if picture.has_transparency_data:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+            picture = ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    except Exception as error:  # Pillow raises a dozen types for damaged, foreign and huge files
+        raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# A folder of your own pictures
+
+
+def folder(path):
+    """Returns the Dataset of a folder with a folder of pictures for each class. Names and skips
+    pictures that cannot be read. Raises UsageError.
+    """
+    from torchvision.datasets import ImageFolder  # here, as importing it takes a second
+    try:
+        found = ImageFolder(path)
+    except OSError as error:
+        raise UsageError(f"{path}: expected a folder of pictures for each class "
+                         f"({error.strerror or error})") from error
+    if {*found.classes} <= {"train", "val", "valid", "validation", "test"}:
+        raise UsageError(f"{path}: has splits instead of classes: name a folder inside, such as "
+                         f"--data-dir {path / found.classes[0]}")
+    images, errors = decode([file for file, _ in found.samples])
+    if errors:
+        print(f"skipped {len(errors):,} of {len(images):,} pictures:",
+              *list(errors.values())[:5], sep="\n", file=sys.stderr)
+    kept = [index for index in range(len(images)) if index not in errors]
+    labels = torch.tensor(found.targets)[kept]
+    counts = labels.bincount(minlength=len(found.classes))
+    if len(counts) < 2 or counts.min() < 2:
+        raise UsageError(f"{path}: {found.classes[counts.argmin()]} has {counts.min()} readable "
+                         f"pictures, of {len(counts)} classes: at least two classes with two "
+                         "pictures each are needed")
+    return Dataset(images[kept], labels, None, None, found.classes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,6 +354,8 @@ def prepare(images, resolution, theta=None):
     arXiv:1506.02025). The default is the whole image.
     """
     count = len(images)
+    if not count:  # a process's part of the last batch
+        return torch.empty(0, 3, resolution, resolution, device=images.device)
     if theta is None:
         theta = torch.eye(2, 3, device=images.device).expand(count, 2, 3)
     grid = F.affine_grid(theta, (count, 3, resolution, resolution), align_corners=False)
@@ -332,8 +406,10 @@ def centre(images, min_crop):
 
 def validation_view(dataset, min_crop):
     """The dataset with the centres of its images, and boxes in their pixels."""
-    images = centre(dataset.images, min_crop)
-    return dataset._replace(images=images, boxes=dataset.boxes - (SIZE - images.shape[-1]) // 2)
+    images, boxes = centre(dataset.images, min_crop), dataset.boxes
+    if boxes is not None:
+        boxes = boxes - (SIZE - images.shape[-1]) // 2
+    return dataset._replace(images=images, boxes=boxes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,16 +441,19 @@ def replacing(path):
 
     Raises UsageError if writing fails.
     """
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes: two names
     try:
+        temporary.touch()  # its errors say more than torch.save's
         yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UsageError(f"{path}: cannot be written ({reason}): check that {path.parent} exists, "
+                         "may be written to and has space left") from error
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"{path}: cannot be written ({reason}): check that its folder exists and "
-                         "has space left") from error
 
 
 def save_figure(figure, path):
@@ -385,6 +464,9 @@ def save_figure(figure, path):
 
 def run_command(main):
     """Runs a script's main(). Errors that users can correct: one line on stderr, exit code 2."""
+    with suppress(AttributeError):  # a notebook's streams
+        for stream in (sys.stdout, sys.stderr):  # file names may have characters that it lacks
+            stream.reconfigure(errors="replace")
     try:
         return main()
     except (UsageError, OSError) as error:
@@ -404,17 +486,19 @@ def run_command(main):
 
 
 def draw_samples(dataset, path):
-    """Draws five images of each of five classes, with their boxes."""
+    """Draws five images of each of five classes, with their boxes if there are any."""
     rng = np.random.default_rng(0)
     labels = np.sort(rng.permutation(len(dataset.class_names))[:5])
     figure, axes = plt.subplots(len(labels), 5, figsize=(8, 1.92 * len(labels)),
                                 layout="constrained")
     for row, label in zip(axes, labels):
         row[2].set_title(f"{label}: {dataset.class_names[label]}", fontsize=10)
+        for axis in row:
+            axis.axis("off")
         for axis, index in zip(row, rng.permutation(np.flatnonzero(dataset.labels == label))):
             axis.imshow(dataset.images[index].permute(1, 2, 0).numpy())
-            draw_box(axis, dataset.boxes[index], "yellow")
-            axis.axis("off")
+            if dataset.boxes is not None:
+                draw_box(axis, dataset.boxes[index], "yellow")
     save_figure(figure, path)
 
 
@@ -426,6 +510,8 @@ def draw_box(axis, box, colour):
 
 def export_coco(dataset, path):
     """Writes the bounding boxes as a COCO instances file, one object in each image."""
+    if dataset.boxes is None:
+        raise UsageError("--export-coco: a folder of pictures has no bounding boxes")
     images, annotations = [], []
     for i, (label, box) in enumerate(zip(dataset.labels.tolist(), dataset.boxes.tolist())):
         x0, y0, x1, y1 = box
@@ -440,13 +526,15 @@ def export_coco(dataset, path):
 
 def main():
     parser = argparse.ArgumentParser(description="Loads a data set and describes it.")
-    parser.add_argument("--dataset", choices=("tiny-imagenet", "shapes"), default="tiny-imagenet")
-    parser.add_argument("--data-dir", default="data", help="folder with tiny-imagenet-200: data")
+    parser.add_argument("--dataset", choices=("tiny-imagenet", "shapes", "folder"),
+                        default="tiny-imagenet", help="tiny-imagenet")
+    parser.add_argument("--data-dir", default="data",
+                        help="folder with tiny-imagenet-200, or with a folder per class: data")
     parser.add_argument("--export-coco", metavar="FILE", help="write the boxes as a COCO file")
     args = parser.parse_args()
     dataset = load(args.dataset, args.data_dir)
     print(f"{args.dataset}: {len(dataset.labels):,} images of {len(dataset.class_names)} classes")
-    for kind in ("70-30", "official"):
+    for kind in ("70-30",) if dataset.official_val is None else ("70-30", "official"):
         train_indices, val_indices = split(dataset, kind)
         print(f"split {kind}: {len(train_indices):,} training images, "
               f"{len(val_indices):,} validation images")
