@@ -444,13 +444,14 @@ def replacing(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes: two names
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # its errors say more than torch.save's
         yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"{path}: cannot be written ({reason}): check that {path.parent} exists, "
-                         "may be written to and has space left") from error
+        raise UsageError(f"{path}: cannot be written ({reason}): check that {path.parent} "
+                         "can be written to and has space left") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -18,15 +18,12 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 
 import data
 import model
-from data import UsageError
+from data import UsageError, plt
 
 
 class GradCAM:
@@ -100,7 +97,12 @@ def pointing_game(maps, boxes):
 
 
 def evaluate(cam, batches, resolution, target="predicted"):
-    """Returns a Markdown table: the pointing game for each layer, a flat map, a central point."""
+    """Returns a Markdown table: the pointing game for each layer, a flat map, a central point.
+
+    Raises UsageError for a data set without boxes.
+    """
+    if batches.dataset.boxes is None:
+        raise UsageError("--evaluate needs the objects' boxes, which a folder of pictures has not")
     side = batches.dataset.images.shape[-1]
     flat = torch.ones(1, side, side)
     centre = F.pad(flat[:, :2, :2], [side // 2 - 1] * 4)
@@ -176,21 +178,15 @@ def draw_misclassified(cam, batches, resolution, path, target="predicted", count
     titles = [wrap(f"predicted: {names[guess]}", f"actual: {names[label]}")
               for guess, label in zip(cam.logits.argmax(1).tolist(), labels.tolist())]
     kind = "misclassified" if wrong else "correctly classified"
-    heading = f"Grad-CAM of the {target} class: {kind} validation images and their objects' boxes"
-    draw(pixels.cpu(), maps, titles, heading, path, dataset.boxes[indices])
-
-
-def read_picture(path):
-    """Reads a picture of any size: the central square, as (3, 64, 64) uint8. Raises OSError."""
-    with Image.open(path) as picture:
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
-        picture = ImageOps.fit(picture, (data.SIZE, data.SIZE), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    heading, boxes = f"Grad-CAM of the {target} class: {kind} validation images", dataset.boxes
+    if boxes is not None:
+        heading, boxes = f"{heading} and their objects' boxes", boxes[indices]
+    draw(pixels.cpu(), maps, titles, heading, path, boxes)
 
 
 def draw_pictures(cam, files, class_names, resolution, min_crop, device, path):
     """Prints the five most probable classes of each picture; draws the maps of the first."""
-    images, titles = torch.stack([read_picture(file) for file in files]), []
+    images, titles = torch.stack([data.read_picture(file) for file in files]), []
     images = data.centre(images, min_crop)
     maps = cam(data.prepare(images.to(device), resolution), size=images.shape[2:])
     for file, probabilities in zip(files, cam.logits.softmax(1)):
@@ -231,9 +227,13 @@ def main():
         print(f"wrote {out}")
         return
     data_dir = Path(args.data_dir or config["data_dir"])
-    if config["dataset"] == "tiny-imagenet" and not list(data_dir.glob(f"{data.FOLDER}*")):
+    if config["dataset"] == "tiny-imagenet" and not any(
+            list(data_dir.glob(pattern)) for pattern in (f"{data.FOLDER}*", "wnids.txt")):
         raise UsageError(f"{data_dir}: no {data.FOLDER} in this folder: name it with --data-dir")
     dataset = data.load(config["dataset"], data_dir, config["seed"], config["classes"])
+    if dataset.class_names != checkpoint["classes"]:
+        raise UsageError(f"{data_dir}: has other classes than the run: name its data with "
+                         "--data-dir")
     _, indices = data.split(dataset, config["split"], config["seed"])
     dataset = data.validation_view(dataset, config["min_crop"])
     batches = data.Batches(dataset, indices, 128, device)

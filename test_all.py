@@ -480,7 +480,7 @@ class Training(Commands):
         save = torch.save
 
         def save_or_stop(state, path):  # stops in the middle of the last checkpoint
-            if Path(path).name == ".last.pt.tmp" and len(state["history"]) == 2:
+            if Path(path).name.startswith(".last.pt") and len(state["history"]) == 2:
                 Path(path).write_bytes(b"half of a checkpoint")
                 raise error
             save(state, path)
@@ -494,7 +494,7 @@ class Training(Commands):
             self.assertIn(words, err)
             code, out, err = call(train, "--resume", Path(folder, file), "--device", "cpu")
             self.assertEqual(code, 0, err)
-            self.assertNotIn("epoch  1/2", out)
+            self.assertNotIn(" 1/2 ", out)
             self.assertEqual(history(folder), history(RUN))
             close(*(model.load_checkpoint(Path(run, "last.pt"))["model"] for run in (folder, RUN)),
                   atol=0)
@@ -505,15 +505,14 @@ class Training(Commands):
              HERE / "train.py", "--epochs", "1", "--out", "two", *map(str, FLAGS)],
             capture_output=True, text=True, timeout=120)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stdout.count("epoch  1/1"), 1, done.stdout)
+        self.assertEqual(done.stdout.count(" 1/1 "), 1, done.stdout)
         # each validated half of the images; together they found what one process finds
         checkpoint, dataset = model.load_checkpoint("two/last.pt"), data.load()
         batches = data.Batches(data.validation_view(dataset, 0.35), data.split(dataset)[1], 1000,
                                "cpu")
         found = train.evaluate(model.restore(checkpoint), batches, 22, torch.float32)
         row = checkpoint["history"][0]
-        np.testing.assert_allclose([row["val_loss"], row["val_accuracy"], row["val_top5"]],
-                                   found[:3], rtol=1e-4)
+        np.testing.assert_allclose([row["val_loss"], row["val_accuracy"]], found[:2], rtol=1e-4)
 
     @without_pictures
     def test_customresnet_is_reported(self):
@@ -522,9 +521,7 @@ class Training(Commands):
         self.assertEqual(code, 0, err)
         self.assertIn("| layer3 |", Path("custom/report.md").read_text())
 
-    def test_speed_and_learning_rate_are_measured(self):
-        out = call(train, "--benchmark", *FLAGS)[1]
-        self.assertRegex(out, r"22 pixels: [\d,]+ images/s")
+    def test_the_learning_rate_is_measured(self):
         with mock.patch.object(train.find_lr, "__defaults__", (20,)):  # steps
             out = call(train, "--find-lr", "--out", "lr.png", *FLAGS)[1]
         rows = re.findall(r"learning rate +([0-9.]+), loss ([0-9.]+)", out)
@@ -664,9 +661,9 @@ class GradCamCommand(InFolder):
         plain.rotate(90).save("exif.png", exif=exif)
         expected = TF.pil_to_tensor(TF.resize(plain, 64)).int()
         for name in ("plain.png", "rgba.png", "exif.png"):
-            self.assertLessEqual((gradcam.read_picture(name) - expected).abs().max(), 8, name)
+            self.assertLessEqual((data.read_picture(name) - expected).abs().max(), 8, name)
         _, out, _ = call(gradcam, "--device", "cpu", ".", "plain.png")
-        square = data.prepare(gradcam.read_picture("plain.png")[None, :, 6:58, 6:58], 16)
+        square = data.prepare(data.read_picture("plain.png")[None, :, 6:58, 6:58], 16)
         with torch.no_grad():  # 16 pixels: the last epoch's
             best = model.restore(self.checkpoint)(square).softmax(1)[0].topk(5)
         self.assertEqual(out.splitlines()[1:6], [

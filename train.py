@@ -4,10 +4,10 @@
     python train.py --epochs 50                       # Tiny ImageNet: 61.1 %, 6 minutes on an H100
     python train.py --resume runs/tiny-imagenet-resnet18
     torchrun --nproc_per_node=4 train.py              # several GPUs
+    python train.py --dataset folder --data-dir photos        # one folder of pictures per class
     python train.py --find-lr                         # learning-rate range test: find-lr.png
-    python train.py --benchmark                       # images/s on this machine
 
-prints a line for each epoch and writes into runs/tiny-imagenet-resnet18, or a similar new folder:
+prints a row for each epoch and writes into runs/tiny-imagenet-resnet18, or a similar new folder:
 report.md, classes.csv, history.csv, curves.png, misclassified.png, gradcam.png, and the checkpoints
 last.pt and best.pt.
 """
@@ -27,16 +27,14 @@ from typing import NamedTuple
 # On a busy CPU, OpenMP's threads that spin while they wait make training several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib import ticker
 
 import data
 import gradcam
 import model
-from data import UsageError
+from data import UsageError, plt
 
 # The defaults of each data set; what each ingredient is worth: assets/measurements.md. Several
 # resolutions share the epochs equally: small images train faster on a CPU (Howard 2018, fast.ai).
@@ -45,8 +43,11 @@ RECIPES = {
                       "batch_size": 256, "max_lr": 0.2, "min_crop": 0.35, "cutmix": 0.25},
     "shapes": {"epochs": 3, "resolutions": [48, 64], "stem_stride": 4,
                "batch_size": 64, "max_lr": 0.05, "min_crop": 1.0, "cutmix": 0.0},
+    "folder": {"epochs": 50, "resolutions": [32, 32, 32, 32, 64], "stem_stride": 4,
+               "batch_size": 32, "max_lr": 0.05, "min_crop": 0.35, "cutmix": 0.25},
 }
-NOT_SAVED = ("resume", "out", "device", "benchmark", "find_lr")  # flags that may differ on resuming
+SLOW = "On a CPU this run takes long. Far less: --stem-stride 4 --resolutions 32 48 64 --max-lr 0.1"
+NOT_SAVED = ("resume", "out", "device", "find_lr")  # flags that may differ on resuming
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,6 +113,11 @@ def fit(learner, batches, val_batches, history, args, folder):
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(network)
     progress, drawn = data.Progress(quiet=folder is None), time.monotonic()
+    with_top5 = len(class_names) > 5  # else it is always 100 %
+    advice = SLOW if batches.device.type == "cpu" and args.stem_stride < 4 else ""
+    if folder:
+        print("epoch pixels train_loss train_acc val_loss val_acc"
+              f"{' val_top5' if with_top5 else ''} images/s seconds", flush=True)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, resolution = time.monotonic(), resolution_at(epoch, args)
         totals = torch.zeros(4, device=batches.device)
@@ -128,27 +134,36 @@ def fit(learner, batches, val_batches, history, args, folder):
             scaler.step(optimizer)
             scaler.update()
             totals += tally(log_probabilities.detach(), labels)
-            if progress.due():  # reading a number waits for the GPU
-                progress.show(f"epoch {epoch:2} {index / len(batches):4.0%}  "
-                              f"loss {totals[0] / totals[3]:.3f}")
+            if progress.due():
+                loss = totals[0] / totals[3]  # reading a number waits for the GPU
+                done, seconds = (index + 1) / len(batches), time.monotonic() - start
+                speed, left = args.batch_size * (index + 1) / seconds, seconds_left(epoch, done, seconds, args)
+                if left > 3 * 3600 and advice:
+                    print(advice, file=sys.stderr)
+                    advice = ""
+                progress.show(f"epoch {epoch}/{args.epochs} {done:4.0%}  loss {loss:.3f}  "
+                              f"{speed:,.0f} images/s  {datetime.timedelta(seconds=left)} left")
 
         train_loss, train_accuracy, _ = mean(totals)
         if not math.isfinite(train_loss):
             raise UsageError(f"the loss is {train_loss} in epoch {epoch}: try "
                              f"--max-lr {args.max_lr / 10:g}")
+        speed = len(batches) * args.batch_size / (time.monotonic() - start)
         # at the training resolution: others cost 7 points or more, because of zero padding
         val_loss, val_accuracy, val_top5, *_ = evaluate(replica, val_batches, resolution, dtype)
         seconds = time.monotonic() - start
-        history.append({"epoch": epoch, "resolution": resolution, "lr": lr,
-                        "train_loss": train_loss, "train_accuracy": train_accuracy,
-                        "val_loss": val_loss, "val_accuracy": val_accuracy, "val_top5": val_top5,
-                        "seconds": round(seconds, 2)})
+        row = {"epoch": epoch, "resolution": resolution, "lr": lr, "train_loss": train_loss,
+               "train_accuracy": train_accuracy, "val_loss": val_loss,
+               "val_accuracy": val_accuracy, "val_top5": val_top5, "seconds": round(seconds, 2)}
+        if not with_top5:
+            del row["val_top5"]
+        history.append(row)
         if not folder:
             continue
-        print(f"epoch {epoch:2}/{args.epochs}  {resolution} pixels  training loss {train_loss:.3f}"
-              f" accuracy {train_accuracy:6.2%}  validation loss {val_loss:.3f} accuracy "
-              f"{val_accuracy:6.2%} top-5 {val_top5:6.2%}  {seconds:.0f} s", flush=True)
-        if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
+        top5 = f" {val_top5:8.2%}" if with_top5 else ""
+        print(f"{epoch:2}/{args.epochs:<2} {resolution:6} {train_loss:10.3f} {train_accuracy:9.2%} "
+              f"{val_loss:8.3f} {val_accuracy:7.2%}{top5} {speed:8,.0f} {seconds:7.0f}", flush=True)
+        if row is max(history, key=lambda row: row["val_accuracy"]):
             save(folder / "best.pt", learner, history, args, class_names, with_optimizer=False)
         write_rows(folder / "history.csv", history)
         if time.monotonic() - drawn > 30:
@@ -198,6 +213,13 @@ def resolution_at(epoch, args):
     return args.resolutions[math.ceil(epoch * len(args.resolutions) / args.epochs) - 1]
 
 
+def seconds_left(epoch, done, seconds, args):
+    """Of the run, if a part of an epoch, done, took so many seconds. Time grows with the pixels."""
+    sides = [resolution_at(later, args) for later in range(epoch, args.epochs + 1)]
+    epochs = sum((side / sides[0])**2 for side in sides) - done
+    return round(1.15 * epochs * seconds / done)                        # with validation
+
+
 def config(args):
     """The flags that define a run."""
     return {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
@@ -236,7 +258,8 @@ def draw_curves(history, path):
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, (title, columns) in zip(axes, panels.items()):
         for column, label in columns.items():
-            axis.plot(epochs, [row[column] for row in history], ".-", label=label)
+            if column in history[-1]:
+                axis.plot(epochs, [row[column] for row in history], ".-", label=label)
         for row, following in itertools.pairwise(history):
             if row["resolution"] != following["resolution"]:
                 axis.axvline(row["epoch"] + 0.5, color="0.4", linestyle=":",
@@ -244,8 +267,8 @@ def draw_curves(history, path):
         axis.legend()
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-    axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     data.save_figure(figure, path)
 
 
@@ -271,10 +294,11 @@ def tabulate_classes(names, labels, predicted):
     """Returns a row with the accuracy of each class, and Markdown: best, worst, confusions."""
     cells = torch.bincount(labels * len(names) + predicted, minlength=len(names)**2)
     confusion = cells.view(len(names), len(names))                      # [actual, predicted]
-    accuracy = (confusion.diag() / confusion.sum(dim=1).clamp(min=1)).tolist()
-    order = sorted(range(len(names)), key=lambda label: -accuracy[label])
+    accuracy = (confusion.diag() / confusion.sum(dim=1)).tolist()       # NaN: no images
+    order = [label for label, a in enumerate(accuracy) if not math.isnan(a)]
+    order.sort(key=lambda label: -accuracy[label])
     lines = ["| best | accuracy | worst | accuracy |", "| --- | ---: | --- | ---: |"]
-    for best, worst in list(zip(order, reversed(order)))[:min(10, len(names) // 2)]:
+    for best, worst in list(zip(order, reversed(order)))[:min(10, len(order) // 2)]:
         lines.append(f"| {names[best]} | {accuracy[best]:.1%} "
                      f"| {names[worst]} | {accuracy[worst]:.1%} |")
     lines += ["", "## Most frequent confusions", "", "| actual | predicted | images |",
@@ -282,7 +306,8 @@ def tabulate_classes(names, labels, predicted):
     counts, cells = confusion.fill_diagonal_(0).flatten().topk(min(10, len(names)))
     lines += [f"| {names[cell // len(names)]} | {names[cell % len(names)]} | {count} |"
               for count, cell in zip(counts.tolist(), cells.tolist()) if count]
-    rows = [{"class": name, "accuracy": round(a, 4)} for name, a in zip(names, accuracy)]
+    rows = [{"class": name, "accuracy": "-" if math.isnan(a) else round(a, 4)}
+            for name, a in zip(names, accuracy)]
     return rows, "\n".join(lines)
 
 
@@ -298,8 +323,12 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     best = max(history, key=lambda row: row["val_accuracy"])
     classes, tables = tabulate_classes(dataset.class_names, dataset.labels[val_indices], predicted)
     cam = gradcam.GradCAM(network, dtype=dtype)
-    sample = replace(val_batches, indices=data.shuffled(val_indices)[:1000])
-    maps = gradcam.evaluate(cam, sample, resolution)
+    maps = ""
+    if dataset.boxes is not None:
+        sample = replace(val_batches, indices=data.shuffled(val_indices)[:1000])
+        maps = (f"{gradcam.evaluate(cam, sample, resolution)}\n\nAll validation images: `python "
+                f"gradcam.py {shlex.quote(folder.as_posix())} --evaluate`.\n")
+    top5 = f" (top-5 {top5:.2%})" if len(dataset.class_names) > 5 else ""
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val_indices, predicted, confidence, folder / "misclassified.png")
     gradcam.draw_misclassified(cam, val_batches, resolution, folder / "gradcam.png")
@@ -311,7 +340,7 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text(f"""# {args.model} on {args.dataset}
 
-**{final:.2%} validation accuracy** (top-5 {top5:.2%}) after {args.epochs} epochs, which took
+**{final:.2%} validation accuracy**{top5} after {args.epochs} epochs, which took
 {took} hours. The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was chosen on
 the validation images.
 
@@ -335,55 +364,33 @@ points against the validation images; with augmentation {history[-1]["train_accu
 ## Grad-CAM: does the network look at the object?
 
 {maps}
-
-All validation images: `python gradcam.py {shlex.quote(folder.as_posix())} --evaluate`.
-
 ![Grad-CAM of misclassified images](gradcam.png)
 """, encoding="utf-8")
     print(f"{final:.2%} validation accuracy; report: {folder / 'report.md'}")
 
 
 # --------------------------------------------------------------------------------------------------
-# Speed and learning rate, measured
-
-
-def bare_step(learner, batch, smoothing):
-    """A step of the training loop without the rest. Returns the loss."""
-    network, optimizer, scaler, dtype = learner
-    images, *targets = batch
-    log_probabilities = model.forward(network, images, dtype).log_softmax(1)
-    loss = smoothed_nll_loss(log_probabilities, *targets, smoothing)
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.detach()
-
-
-def benchmark(learner, batches, args):
-    """Prints images/s of training steps."""
-    learner.network.train()
-    for resolution in sorted(set(args.resolutions)):
-        limit = 3 if batches.device.type == "cpu" else 100
-        for steps in (1, min(limit, len(batches))):  # the first is a warm-up
-            start = time.perf_counter()
-            for batch in itertools.islice(batches.epoch(1, resolution), steps):
-                loss = bare_step(learner, batch, args.label_smoothing)
-            loss.item()  # waits for the GPU
-        speed = steps * args.batch_size / (time.perf_counter() - start)
-        print(f"{resolution} pixels: {speed:,.0f} images/s", flush=True)
+# Learning rate, measured
 
 
 def find_lr(learner, batches, args, path, steps=100):
     """Learning-rate range test (Smith 2015, arXiv:1506.01186): draws loss against growing rate."""
-    learner.network.train()
+    network, optimizer, scaler, dtype = learner
+    network.train()
     epochs = (batches.epoch(epoch, args.resolutions[0]) for epoch in itertools.count(1))
     rates, losses = [], []
     for step, batch in zip(range(steps), itertools.chain.from_iterable(epochs)):
         rates.append(10 ** (-3 + 4 * step / (steps - 1)))               # 0.001 ... 10
-        for group in learner.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group.update(lr=rates[-1], momentum=0.85)                   # as at one_cycle's peak
-        losses.append(bare_step(learner, batch, args.label_smoothing).item())
+        images, *targets = batch
+        log_probabilities = model.forward(network, images, dtype).log_softmax(1)
+        loss = smoothed_nll_loss(log_probabilities, *targets, args.label_smoothing)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
         print(f"step {step + 1:3}/{steps}: learning rate {rates[-1]:7.4f}, loss {losses[-1]:.3f}",
               flush=True)
         if step > steps / 3 and not sum(losses[-11:]) < sum(losses[:11]):
@@ -410,24 +417,30 @@ def parse_arguments():
     """Returns the flags, with the recipe's defaults, and the checkpoint to resume from, or None."""
     parser = argparse.ArgumentParser(description="Trains a network and reports on it.")
     add = parser.add_argument
+
+    def recipe(key):
+        return ", ".join(f"{name}: {recipe[key]}" for name, recipe in RECIPES.items())
+
     add("--dataset", choices=RECIPES, default="tiny-imagenet", help="tiny-imagenet")
     add("--data-dir", type=os.path.abspath, default="data",
-        help="folder with tiny-imagenet-200: data")
+        help="folder with tiny-imagenet-200, or with a folder of pictures for each class: data")
     add("--split", choices=("70-30", "official"), default="70-30", help="70-30")
     add("--classes", type=int, help="use the first so many classes only: all")
     add("--model", choices=model.MODELS, default="resnet18", help="resnet18")
+    add("--weights", type=os.path.abspath, metavar="RUN",
+        help="start with the weights of this run, but for the last layer")
     add("--stem-stride", type=int, choices=(4, 2, 1),
-        help="ResNet18 shrinks images by this first; 4 is fastest: 1 (shapes: 4)")
-    add("--epochs", type=int, help="50 (shapes: 3)")
+        help="ResNet18 shrinks images by this first; 4 is fastest; " + recipe("stem_stride"))
+    add("--epochs", type=int, help=recipe("epochs"))
     add("--resolutions", type=int, nargs="+", metavar="PIXELS",
-        help="image sides, for equal parts of the epochs: 64 (shapes: 48 64)")
-    add("--batch-size", type=int, help="of all processes together: 256 (shapes: 64)")
-    add("--max-lr", type=float, help="peak of OneCycle: 0.2 (shapes: 0.05)")
+        help="image sides, for equal parts of the epochs; " + recipe("resolutions"))
+    add("--batch-size", type=int, help="of all processes together; " + recipe("batch_size"))
+    add("--max-lr", type=float, help="peak of OneCycle; " + recipe("max_lr"))
     add("--weight-decay", type=float, default=5e-4, help="0.0005")
     add("--label-smoothing", type=float, default=0.1, help="0.1")
     add("--min-crop", type=float,
-        help="smallest area of a random crop: 0.35 (shapes: 1, no cropping)")
-    add("--cutmix", type=float, help="fraction of patched images: 0.25 (shapes: 0)")
+        help="smallest area of a random crop, 1 for none; " + recipe("min_crop"))
+    add("--cutmix", type=float, help="fraction of patched images; " + recipe("cutmix"))
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
         help="of convolutions: bf16 or fp16 where it is fast, else fp32")
     add("--seed", type=int, default=0, help="of split, weights, augmentation and shapes: 0")
@@ -436,11 +449,13 @@ def parse_arguments():
     add("--resume", type=lambda run: Path(run.removesuffix("last.pt")), metavar="RUN",
         help="continue the run in this folder")
     add("--find-lr", action="store_true", help="learning-rate range test instead of training")
-    add("--benchmark", action="store_true", help="measure the speed instead of training")
     args, checkpoint = parser.parse_args(), None
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     defaults = {**RECIPES[args.dataset], "command": command}
     if args.resume:
+        if args.resume.is_file() or args.out and not args.find_lr:
+            raise UsageError(f"--resume {args.resume}: name the run's folder, without --out: the "
+                             "run continues there, from its last.pt")
         checkpoint = model.load_checkpoint(args.resume / "last.pt")
         defaults = checkpoint["config"]
     parser.set_defaults(**defaults)
@@ -477,12 +492,16 @@ def make_folder(args):
 
 def main():
     args, checkpoint = parse_arguments()
+    if args.find_lr and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("--find-lr: needs a single process: start it with python, not torchrun")
     rank, local_rank, world_size, device = start_processes(args.device)
     if local_rank:
         dist.barrier()  # the first process of each machine downloads, decodes and caches
     dataset = data.load(args.dataset, args.data_dir, args.seed, args.classes)
     if world_size > 1 and not local_rank:
         dist.barrier()
+    if checkpoint and checkpoint["classes"] != dataset.class_names:
+        raise UsageError(f"{args.data_dir}: has other classes than the run")
     train_indices, val_indices = data.split(dataset, args.split, args.seed)
     if args.batch_size > len(train_indices):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(train_indices):,} "
@@ -493,6 +512,12 @@ def main():
     torch.manual_seed(args.seed)
     dtype = model.choose_dtype(args.precision, device)
     network = model.create(args.model, len(dataset.class_names), args.stem_stride)
+    if args.weights and not checkpoint:
+        weights, own = model.load_checkpoint(Path(args.weights, "last.pt")), network.state_dict()
+        if weights["config"]["model"] != args.model:
+            raise UsageError(f"--weights {args.weights}: is not a run of --model {args.model}")
+        for name in list(own)[:-2]:  # the last layer's weight and bias belong to its classes
+            own[name].copy_(weights["model"][name])
     network = model.place(network, device)
     if world_size > 1 and device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -510,8 +535,6 @@ def main():
                            world_size=world_size)
     val_batches = replace(batches, dataset=data.validation_view(dataset, args.min_crop),
                           indices=val_indices, augment=False)
-    if args.benchmark:
-        return benchmark(learner, batches, args)
     if args.find_lr:
         return find_lr(learner, batches, args, args.out or Path("find-lr.png"))
 
