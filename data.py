@@ -53,8 +53,8 @@ class Dataset(NamedTuple):
 def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
     """Returns a Dataset, of the first `classes` classes only if that is given. Raises UsageError.
 
-    "shapes" is drawn from seed; "folder" is read from data_dir, which has a folder of pictures for
-    each class; "tiny-imagenet" is read from data_dir, and downloaded if missing.
+    "shapes" is drawn from seed; "folder" is data_dir itself; "tiny-imagenet" is in data_dir, and
+    downloaded if missing.
     """
     if name == "shapes":
         dataset = shapes(seed)
@@ -166,79 +166,68 @@ def list_images(folder):
 
 
 def decode(files):
-    """Reads pictures in threads. Returns images (N, 3, 64, 64) uint8, and {index: its OSError} of
-    those that cannot be read.
-    """
-    def attempt(path):
-        try:
-            return read_picture(path)
-        except OSError as error:
-            return error
+    """Returns images (N, 3, 64, 64) uint8, and {index: OSError} of files that cannot be read."""
+    images, errors = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8), {}
 
-    images, errors = torch.zeros(len(files), 3, SIZE, SIZE, dtype=torch.uint8), {}
+    def read(index):
+        try:
+            images[index] = read_picture(files[index])
+        except OSError as error:
+            errors[index] = error
+
     progress = Progress()
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
-        for index, image in enumerate(pool.map(attempt, files)):
-            if isinstance(image, OSError):
-                errors[index] = image
-            else:
-                images[index] = image
+        for index, _ in enumerate(pool.map(read, range(len(files)))):
             progress.show(f"decoded {index:,} of {len(files):,} images")
     return images, errors
 
 
 def read_picture(path):
-    """Reads the central square of a picture of any size and mode, as (3, 64, 64) uint8.
+    """Reads the central square of a picture of any size, as (3, 64, 64) uint8. Raises OSError.
 
-    Transparent pixels become white; greys of more than 8 bits fill the range 0 ... 255. Raises
-    OSError, which names the file.
+    Transparent pixels become white; greys of 16 or 32 bits are scaled to their own range.
     """
     try:
-        file = path.open("rb") if isinstance(path, zipfile.Path) else open(path, "rb")
-        with file, Image.open(file) as picture:
-            picture.draft("RGB", (2 * SIZE, 2 * SIZE))  # large JPEGs: decodes fewer pixels
+        with Image.open(path.open("rb") if isinstance(path, zipfile.Path) else path) as picture:
+            picture.draft("RGB", (2 * SIZE, 2 * SIZE))  # decodes fewer pixels of a large JPEG
             picture = ImageOps.exif_transpose(picture)
-            if picture.mode[0] in "IF":  # 16 or 32 bits
+            if picture.mode[0] in "IF":
                 grey = np.array(picture, np.float32)
-                picture = Image.fromarray(np.uint8((grey - grey.min()) * 255 / (np.ptp(grey) or 1)))
+                grey = (grey - grey.min()) * 255 / (np.ptp(grey) or 1)
+                picture = Image.fromarray(grey.astype(np.uint8))
             if picture.has_transparency_data:
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
             picture = ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    except Exception as error:  # Pillow raises a dozen types for damaged, foreign and huge files
+    except Exception as error:  # Pillow raises a dozen types
         raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# A folder of your own pictures
-
-
 def folder(path):
-    """Returns the Dataset of a folder with a folder of pictures for each class. Names and skips
-    pictures that cannot be read. Raises UsageError.
+    """Returns the Dataset of a folder that has a folder of pictures for each class. Skips pictures
+    that cannot be read. Raises UsageError.
     """
-    from torchvision.datasets import ImageFolder  # here, as importing it takes a second
+    from torchvision.datasets import ImageFolder
     try:
         found = ImageFolder(path)
     except OSError as error:
-        raise UsageError(f"{path}: expected a folder of pictures for each class "
+        raise UsageError(f"{path}: needs a folder of pictures for each class "
                          f"({error.strerror or error})") from error
-    if {*found.classes} <= {"train", "val", "valid", "validation", "test"}:
-        raise UsageError(f"{path}: has splits instead of classes: name a folder inside, such as "
-                         f"--data-dir {path / found.classes[0]}")
+    names = found.classes
+    if {*names} <= {"train", "val", "valid", "validation", "test"}:
+        raise UsageError(f"{path}: holds splits, not classes: try --data-dir {path / 'train'}")
     images, errors = decode([file for file, _ in found.samples])
     if errors:
-        print(f"skipped {len(errors):,} of {len(images):,} pictures:",
-              *list(errors.values())[:5], sep="\n", file=sys.stderr)
+        print(f"skipped {len(errors):,} of {len(images):,} pictures:", *[*errors.values()][:5],
+              sep="\n", file=sys.stderr)
     kept = [index for index in range(len(images)) if index not in errors]
     labels = torch.tensor(found.targets)[kept]
-    counts = labels.bincount(minlength=len(found.classes))
-    if len(counts) < 2 or counts.min() < 2:
-        raise UsageError(f"{path}: {found.classes[counts.argmin()]} has {counts.min()} readable "
-                         f"pictures, of {len(counts)} classes: at least two classes with two "
-                         "pictures each are needed")
-    return Dataset(images[kept], labels, None, None, found.classes)
+    counts = labels.bincount(minlength=len(names))
+    if len(names) < 2 or counts.min() < 2:
+        raise UsageError(f"{path}: {names[counts.argmin()]} has {counts.min()} readable pictures: "
+                         "at least two folders with two each are needed")
+    return Dataset(images[kept], labels, None, None, names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -515,10 +504,10 @@ def export_coco(dataset, path):
         raise UsageError("--export-coco: a folder of pictures has no bounding boxes")
     images, annotations = [], []
     for i, (label, box) in enumerate(zip(dataset.labels.tolist(), dataset.boxes.tolist())):
-        x0, y0, x1, y1 = box
+        x, y, w, h = *box[:2], box[2] - box[0], box[3] - box[1]
         images.append({"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE})
         annotations.append({"id": i, "image_id": i, "category_id": label, "iscrowd": 0,
-                            "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
+                            "bbox": [x, y, w, h], "area": w * h})
     categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names)]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"images": images, "annotations": annotations,

@@ -135,6 +135,12 @@ class Networks(unittest.TestCase):
             self.assertAlmostEqual(loss, np.log(200), delta=0.5, msg=name)
 
 
+    def test_cuda_computes_in_half_precision(self):
+        for bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+            with mock.patch.object(torch.cuda, "is_bf16_supported", return_value=bf16):
+                self.assertEqual(model.choose_dtype("auto", torch.device("cuda")), expected)
+
+
 class Checkpoints(InFolder):
 
     def test_a_checkpoint_returns_the_network_and_damaged_or_foreign_ones_are_refused(self):
@@ -176,6 +182,8 @@ class Schedule(unittest.TestCase):
         sides = [train.resolution_at(epoch, args) for epoch in range(1, 51)]
         self.assertEqual(sides, [32] * 33 + [48] * 17)
         self.assertEqual(train.resolution_at(1, mock.Mock(epochs=1, resolutions=[32, 48])), 48)
+        # a tenth of epoch 33 took a second; 17 epochs follow, each of 9/4 as many pixels
+        self.assertEqual(train.seconds_left(33, 0.1, 1, args), round(11.5 * (0.9 + 17 * 9 / 4)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,6 +252,19 @@ class TinyImageNet(InFolder):
         again = data.load()
         self.assertEqual(again.class_names, first.class_names)
         close(list(again[:4]), list(first[:4]), atol=0)
+        Path("data", data.CACHE).write_bytes(b"half")
+        self.assertRefused(call(data), data.CACHE, "delete it")
+        close(data.load(data_dir="elsewhere").images, first.images, atol=0)  # has wnids.txt itself
+
+    def test_a_cache_that_cannot_be_written_is_not_needed(self):
+        with (mock.patch.object(Path, "touch", side_effect=PermissionError(13, "Permission denied")),
+              contextlib.redirect_stderr(io.StringIO()) as err):
+            data.load()
+        self.assertRegex(err.getvalue(), "Permission denied.*data can be .* without a cache")
+        with (mock.patch.object(os, "getpid", side_effect=[1, 2]),
+              data.replacing("file") as one, data.replacing("file") as other):  # two starts at once
+            one.touch()
+            other.touch()
 
     def test_an_incomplete_folder_is_named(self):
         jpeg = self.tree / "train/n02/images/n02_0.JPEG"
@@ -334,8 +355,9 @@ class SplitsAndBatches(unittest.TestCase):
         self.assertEqual((len(set(whole)), sizes), (600, [100] * 6))  # all batches of one size
         parts = [seen(augment=True, rank=rank, world_size=3)[0] for rank in range(3)]
         self.assertEqual(sorted(sum(parts, [])), sorted(whole))
-        for options in {"epoch": 2}, {"seed": 1}:
-            self.assertNotEqual(seen(augment=True, **options)[0], whole)
+        orders = [whole] + [seen(augment=True, **options)[0]
+                            for options in ({"epoch": 2}, {"seed": 1}, {"epoch": 0, "seed": 1})]
+        self.assertEqual(len(set(map(tuple, orders))), 4)
         self.assertEqual(seen(), ([*range(601)], [100] * 6 + [1]))
 
     def test_crops_and_flips_are_torchvisions(self):
@@ -380,6 +402,10 @@ class SplitsAndBatches(unittest.TestCase):
         self.assertTrue(((mixed == images) | (mixed == images.flip(0))).all())
         close((mixed == images).float().mean((1, 2, 3)), own)
         self.assertAlmostEqual((own < 1).float().mean().item(), 0.4, delta=0.12)
+        # a quarter of the area, around (0.25, 0.75)
+        mixed = data.cut_mix(images, labels, torch.tensor([[0.25, 0.75, 0.25, 0]] * 200), 1)[0]
+        self.assertEqual((mixed[0, 0] != images[0, 0]).nonzero().tolist(),
+                         [[row, column] for row in range(10) for column in range(10, 20)])
 
     def test_shapes_are_in_their_boxes_and_repeatable(self):
         dataset = data.shapes(seed=1, per_class=30)
@@ -453,6 +479,8 @@ class Training(Commands):
 
     def test_a_run_leaves_a_report_and_no_run_overwrites_another(self):
         self.assertIn(f"{RUN}/report.md", self.printed)
+        self.assertRegex(self.printed, r"val_acc images/s seconds\n 1/2 +22 .*\n 2/2 +22 ")
+        self.assertLess(max(map(len, self.printed.splitlines()[2:])), 80)
         report = (RUN / "report.md").read_text()
         accuracies = [float(row["val_accuracy"]) for row in history(RUN)]
         accuracy = accuracies[-1]
@@ -471,7 +499,8 @@ class Training(Commands):
 
     def test_the_report_tells_best_from_worst_and_actual_from_predicted(self):
         labels, predicted = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 1, 0, 1, 1])
-        table = train.tabulate_classes(["a", "b", "c"], labels, predicted)[1]
+        rows, table = train.tabulate_classes(["a", "b", "c", "empty"], labels, predicted)
+        self.assertEqual([row["accuracy"] for row in rows], [1, 0.5, 0, "-"])
         for row in ("| a | 100.0% | c | 0.0% |", "| c | b | 2 |", "| b | a | 1 |"):
             self.assertIn(row, table)
 
@@ -502,12 +531,15 @@ class Training(Commands):
     def test_two_processes_train_one_network(self):
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             HERE / "train.py", "--epochs", "1", "--out", "two", *map(str, FLAGS)],
-            capture_output=True, text=True, timeout=120)
+             HERE / "train.py", "--epochs", "1", "--out", "zwölf", *map(str, FLAGS),
+             "--batch-size", "5"],  # the last of the 16 validation images is a batch
+            capture_output=True, text=True, timeout=120,
+            env=os.environ | {"MPLBACKEND": "module://missing", "PYTHONIOENCODING": "ascii"})
         self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("writing to zw?lf", done.stdout)
         self.assertEqual(done.stdout.count(" 1/1 "), 1, done.stdout)
         # each validated half of the images; together they found what one process finds
-        checkpoint, dataset = model.load_checkpoint("two/last.pt"), data.load()
+        checkpoint, dataset = model.load_checkpoint("zwölf/last.pt"), data.load()
         batches = data.Batches(data.validation_view(dataset, 0.35), data.split(dataset)[1], 1000,
                                "cpu")
         found = train.evaluate(model.restore(checkpoint), batches, 22, torch.float32)
@@ -539,9 +571,13 @@ class Training(Commands):
                 ((*FLAGS, "--data-dir", "nowhere"), "nowhere/tiny-imagenet-200.zip"),
                 ((*FLAGS, "--device", "cuda:99"), "--device cuda:99", "--device cpu"),
                 (("--resume", RUN, "--epochs", 9), "--epochs"),
+                (("--resume", RUN / "best.pt"), "best.pt", "folder"),
+                (("--resume", RUN, "--out", "new"), "--out"),
                 (("--resume", "nowhere"), "nowhere/last.pt")):
             with mock.patch.object(data, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip"):
                 self.assertRefused(call(train, *arguments), *words)
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            self.assertRefused(call(train, "--find-lr"), "--find-lr", "single process")
         for words in ("CUDA out of memory", "not enough memory: you tried to allocate 9 bytes"):
             with mock.patch.object(train, "fit", side_effect=RuntimeError(words)):
                 self.assertRefused(call(train, *FLAGS), "out of memory", "--batch-size")
@@ -593,6 +629,15 @@ class GradCam(unittest.TestCase):
             close(gradcam.GradCAM(resnet().requires_grad_(False))(images), expected)
         close(gradcam.GradCAM(resnet().train())(images), expected)
         close(gradcam.GradCAM(resnet())(images, cam.logits.argmax(1)), expected)
+
+    def test_small_gradients_survive_half_precision(self):
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.AdaptiveAvgPool2d(1),
+                                      torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        network[3].weight.data /= 1e4
+        half, full = (gradcam.GradCAM(network, ["0"], dtype)(pictures())["0"]
+                      for dtype in (torch.float16, torch.float32))
+        close(half, full, atol=0.05)
+        self.assertGreater(full.max(), 0)
 
     def test_no_hooks_or_gradients_remain(self):
         network = resnet()
@@ -657,11 +702,23 @@ class GradCamCommand(InFolder):
         exif = Image.Exif()
         exif[0x0112] = 6  # the camera was held sideways
         plain.save("plain.png")
-        plain.convert("RGBA").save("rgba.png")
         plain.rotate(90).save("exif.png", exif=exif)
-        expected = TF.pil_to_tensor(TF.resize(plain, 64)).int()
-        for name in ("plain.png", "rgba.png", "exif.png"):
-            self.assertLessEqual((data.read_picture(name) - expected).abs().max(), 8, name)
+        grey = np.array(plain.convert("L")).astype(float)
+        grey = np.round((grey - grey.min()) * 255 / np.ptp(grey))
+        alpha = Image.fromarray(np.tile([[0] * 48 + [255] * 48], (96, 1)).astype(np.uint8))
+        hidden = Image.merge("RGBA", [*plain.split(), alpha])
+        hidden.save("rgba.png")
+        hidden.convert("LA").save("la.png")
+        white = Image.composite(plain, Image.new("RGB", (96, 96), "white"), alpha)
+        expected = {"plain.png": plain, "exif.png": plain, "rgba.png": white,
+                    "la.png": white.convert("L").convert("RGB")}
+        for kind in (np.uint16, ">u2", np.int32, np.float32):
+            name = f"{np.dtype(kind).str[1:]}{'b' * (kind == '>u2')}.tiff"
+            Image.fromarray((grey * 200 + 999).astype(kind)).save(name)
+            expected[name] = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        for name, image in expected.items():
+            difference = data.read_picture(name) - TF.pil_to_tensor(TF.resize(image, 64)).int()
+            self.assertLessEqual(difference.abs().max(), 8, name)
         _, out, _ = call(gradcam, "--device", "cpu", ".", "plain.png")
         square = data.prepare(data.read_picture("plain.png")[None, :, 6:58, 6:58], 16)
         with torch.no_grad():  # 16 pixels: the last epoch's
@@ -673,11 +730,62 @@ class GradCamCommand(InFolder):
 
     def test_what_users_get_wrong_is_one_line(self):
         Path("notes.txt").write_text("not\na picture")
+        Image.effect_noise((99, 99), 50).save("cut.png")
+        Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:5000])
+        Image.new("1", (20000, 20000)).save("huge.png")
         torch.save({**self.checkpoint, "config": {**self.checkpoint["config"],
                                                   "dataset": "tiny-imagenet"}}, "tiny.pt")
         for arguments, word in (((".", "notes.txt"), "notes.txt"), ((".", "no.jpg"), "no.jpg"),
+                                ((".", "cut.png"), "cut.png"), ((".", "huge.png"), "huge.png"),
                                 (("no",), "no/last.pt"), (("tiny.pt",), "--data-dir")):
             self.assertRefused(call(gradcam, "--device", "cpu", *arguments), "gradcam.py", word)
+
+
+class Folder(InFolder):
+
+    def setUp(self):
+        super().setUp()
+        for label, name in enumerate(("cat", "dog")):
+            Path("photos", name).mkdir(parents=True)
+            for i in range(10):
+                Image.new("RGB", (80, 60), (100 * label, 0, i)).save(f"photos/{name}/{i}.png")
+
+    def test_a_folder_of_pictures_is_trained_on_and_reported(self):
+        Path("photos/cat/broken.jpg").write_text("text")
+        dataset = data.load("folder", "photos")
+        self.assertEqual(dataset.images[:, 0, 9, 9].tolist(), (100 * dataset.labels).tolist())
+        flags = ("--dataset", "folder", "--data-dir", "photos", *FLAGS)
+        code, out, err = call(train, *flags, "--epochs", 1, "--out", "run")
+        self.assertEqual(code, 0, err)
+        self.assertRegex(err, "skipped 1 of 21 pictures:\n.*photos/cat/broken.jpg: cannot")
+        report = Path("run/report.md").read_text()
+        self.assertNotRegex(report, "top-5|Pointing")
+        with mock.patch.multiple(train, fit=mock.DEFAULT, write_report=mock.DEFAULT):
+            call(train, *flags, "--out", "new", "--weights", "run")
+        old, new = (model.load_checkpoint(f"{run}/last.pt")["model"] for run in ("run", "new"))
+        self.assertEqual([key for key in old if not old[key].equal(new[key])],
+                         ["fc.weight", "fc.bias"])
+        self.assertEqual([call(gradcam, "run")[0], call(data, *flags[:4])[0]], [0, 0])
+        self.assertRefused(call(gradcam, "run", "--evaluate"), "boxes")
+        self.assertRefused(call(data, *flags[:4], "--export-coco", "x.json"), "boxes")
+        shutil.move("photos/dog", "photos/wolf")
+        for module, *arguments in ((gradcam, "run"), (train, "--resume", "run")):
+            self.assertRefused(call(module, *arguments), "photos", "classes")
+
+    def test_what_users_get_wrong_is_one_line(self):
+        Path("two/train/a").mkdir(parents=True)
+        Path("two/val/a").mkdir(parents=True)
+        for part in ("train", "val"):
+            shutil.copy("photos/cat/1.png", f"two/{part}/a")
+        Path("one/cat").mkdir(parents=True)
+        shutil.copy("photos/cat/1.png", "one/cat")
+        Path("empty").mkdir()
+        for folder, *words in (("nowhere", "for each class"), ("empty", "for each class"),
+                               ("one", "cat has 1"), ("two", "two/train"),
+                               ("photos/cat", "for each class")):
+            self.assertRefused(call(data, "--dataset", "folder", "--data-dir", folder), *words)
+        self.assertRefused(call(train, "--dataset", "folder", "--data-dir", "photos", "--split",
+                                "official", *FLAGS), "--split official")
 
 
 # --------------------------------------------------------------------------------------------------
