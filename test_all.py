@@ -11,6 +11,7 @@ import csv
 import functools
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import unittest
 import warnings
@@ -1050,18 +1052,58 @@ class Analysis(InFolder):
         self.assertEqual(sorted(os.listdir("analysis/file")), names.split())
 
 
-class Readme(unittest.TestCase):
+class Readme(InFolder):
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    code = re.compile(r"(?:^ {4}.*\n)+", re.M)  # indented lines
+
+    def test_the_prediction_runs(self):
+        block, = (block for block in self.code.findall(self.text) if "load_checkpoint" in block)
+        checkpoint, picture = re.findall(r'"(\S+\.(?:pt|jpg))"', block)
+        Path(checkpoint).parent.mkdir(parents=True)
+        config = {"model": "resnet18", "stem_stride": 4, "resolutions": [32, 48], "min_crop": 0.35,
+                  "precision": "fp32"}
+        torch.save({"config": config, "model": resnet().state_dict(), "classes": [*"abcdefghij"]},
+                   checkpoint)
+        Image.effect_noise((90, 60), 99).save(picture)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(textwrap.dedent(block), {})
+        best = call(gradcam, "--device", "cpu", checkpoint, picture)[1].splitlines()[1]
+        self.assertEqual(out.getvalue().strip(), best.split()[1])
+
+    def test_the_exercises_run(self):
+        """All edits at once: what each replaces, in which module's function."""
+        edits = {"random_crops": (data, r"    theta = (?:.|\n)*(?=    return)"),
+                 "fit": (train, r"one_cycle\((?:.|\n)*?max_lr\)"),
+                 "BasicBlock": (model, r"return self.relu\(x \+ shortcut\)"),
+                 "combine": (gradcam, r"maps = \(weights.*"),
+                 "iou": (sys.modules["kmeans"], r'(?<="""\n)(?:.|\n)+$')}
+        chapter = self.text.split("## Exercises")[1].split("\n## ")[0]
+        for exercise in re.split(r"^\d\. ", chapter, flags=re.M)[1:]:
+            name, *inline = re.findall(r"`([^`]+)`", exercise)
+            inline = [code for code in inline if not code.startswith("python")]
+            block = self.code.search(exercise)
+            new = block and textwrap.indent(textwrap.dedent(block[0]), "    ")
+            module, old = edits.pop(name)
+            self.enterContext(mock.patch.object(module, name, getattr(module, name)))
+            source, count = re.subn(old, lambda _: new or max(inline, key=len),
+                                    inspect.getsource(getattr(module, name)))
+            self.assertEqual(count, 1, name)
+            exec(source, vars(module))
+        self.assertFalse(edits)
+        with mock.patch.object(data.shapes, "__defaults__", (0, 10)):  # images of each class
+            code, _, err = call(train, "--dataset", "shapes", "--epochs", 1, *FLAGS)
+        self.assertEqual(code, 0, err)
+        self.assertGreater(kmeans(made_boxes(), 3)[1], 0.5)
 
     def test_its_commands_and_pictures_exist(self):
-        text = (HERE / "README.md").read_text(encoding="utf-8")
-        for picture in re.findall(r"\]\((assets/[^)]+)\)", text):
+        for picture in re.findall(r"\]\((assets/[^)]+)\)", self.text):
             self.assertTrue((HERE / picture).is_file(), picture)
-        commands = re.findall(r"(\w+\.py)( [^#`\n]*)", text)
+        commands = re.findall(r"(\w+\.py)( [^#`\n]*)", self.text)
         self.assertGreater(len(commands), 20)
         for script, arguments in commands:
             source = (HERE / script).read_text(encoding="utf-8")
             for flag in re.findall(r"--[\w-]+", arguments):
-                self.assertIn(f'"{flag}"', source)
+                self.assertTrue(f'"{flag}"' in source, flag)
 
 
 if __name__ == "__main__":
