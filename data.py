@@ -14,7 +14,6 @@ import os
 import sys
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ class Dataset(NamedTuple):
     labels: torch.Tensor        # (N,) int64, 0 ... number of classes - 1
     boxes: torch.Tensor         # (N, 4) int64: x0, y0, x1, y1 in pixels; x1 and y1 are exclusive
     official_val: torch.Tensor  # (N,) bool: belongs to the official validation set
-                                # (boxes and official_val are None for a folder of pictures)
+                                # (both are None for a folder of pictures)
     class_names: list           # label -> name, "goldfish"
 
 
@@ -56,10 +55,8 @@ def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
     "shapes" is drawn from seed; "folder" is data_dir itself; "tiny-imagenet" is in data_dir, and
     downloaded if missing.
     """
-    if name == "shapes":
-        dataset = shapes(seed)
-    else:
-        dataset = (folder if name == "folder" else tiny_imagenet)(Path(data_dir))
+    read = {"tiny-imagenet": tiny_imagenet, "folder": folder}
+    dataset = shapes(seed) if name == "shapes" else read[name](Path(data_dir))
     if classes is None:
         return dataset
     kept = dataset.labels < classes
@@ -102,26 +99,23 @@ def tiny_imagenet(data_dir):
     """Returns the Dataset, from the cache if there is one. Raises UsageError."""
     cache, archive = data_dir / CACHE, data_dir / f"{FOLDER}.zip"
     folder = data_dir if (data_dir / "wnids.txt").exists() else data_dir / FOLDER
-    if cache.exists():
-        try:
-            # mmap: pages of the 1.4 GB are read when they are used, and shared between processes
-            return Dataset(**torch.load(cache, mmap=True, weights_only=True))
-        except Exception as error:  # torch.load raises a dozen types for damaged files
-            raise UsageError(f"{cache}: damaged: delete it and start again") from error
-    source = folder if folder.is_dir() else archive  # which need not be extracted
+    source = next((path for path in (cache, folder) if path.exists()), archive)
     if not source.exists():
         download(archive)
     try:
-        if source is archive:
+        if source == cache:
+            # mmap: pages of the 1.4 GB are read when they are used, and shared between processes
+            return Dataset(**torch.load(cache, mmap=True, weights_only=True))
+        if source == archive:  # which need not be extracted
             folder = zipfile.Path(archive) / FOLDER
         class_names, rows = list_images(folder)
         files, labels, boxes, official_val = zip(*rows)
         images, errors = decode(files)
         if errors:
             raise next(iter(errors.values()))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UsageError(f"{source}: not the complete Tiny ImageNet ({error}): delete it and start "
-                         "again") from error
+    except Exception as error:  # damaged and incomplete files raise a dozen types
+        raise UsageError(f"{source}: cannot be read ({str(error).split('. ')[0]}): if it is "
+                         "damaged or incomplete, delete it and start again") from error
     # the files give the last pixel inside: 0 0 63 63
     boxes = torch.from_numpy(np.array(boxes, np.int64) + [0, 0, 1, 1])
     dataset = Dataset(images, torch.tensor(labels), boxes, torch.tensor(official_val), class_names)
@@ -167,14 +161,13 @@ def list_images(folder):
 
 def decode(files):
     """Returns images (N, 3, 64, 64) uint8, and {index: OSError} of files that cannot be read."""
-    images, errors = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8), {}
-
     def read(index):
         try:
             images[index] = read_picture(files[index])
         except OSError as error:
             errors[index] = error
 
+    images, errors = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8), {}
     progress = Progress()
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
         for index, _ in enumerate(pool.map(read, range(len(files)))):
@@ -205,15 +198,15 @@ def read_picture(path):
 
 
 def folder(path):
-    """Returns the Dataset of a folder that has a folder of pictures for each class. Skips pictures
-    that cannot be read. Raises UsageError.
+    """Returns the Dataset of a folder with a folder for each class. Skips pictures that cannot be
+    read. Raises UsageError.
     """
     from torchvision.datasets import ImageFolder
+    needed = f"{path}: needs a folder for each of several classes, each with several pictures"
     try:
         found = ImageFolder(path)
     except OSError as error:
-        raise UsageError(f"{path}: needs a folder of pictures for each class "
-                         f"({error.strerror or error})") from error
+        raise UsageError(f"{needed} ({error.strerror or error})") from error
     names = found.classes
     if {*names} <= {"train", "val", "valid", "validation", "test"}:
         raise UsageError(f"{path}: holds splits, not classes: try --data-dir {path / 'train'}")
@@ -225,8 +218,7 @@ def folder(path):
     labels = torch.tensor(found.targets)[kept]
     counts = labels.bincount(minlength=len(names))
     if len(names) < 2 or counts.min() < 2:
-        raise UsageError(f"{path}: {names[counts.argmin()]} has {counts.min()} readable pictures: "
-                         "at least two folders with two each are needed")
+        raise UsageError(f"{needed} ({names[counts.argmin()]} has {counts.min()})")
     return Dataset(images[kept], labels, None, None, names)
 
 
@@ -343,7 +335,7 @@ def prepare(images, resolution, theta=None):
     arXiv:1506.02025). The default is the whole image.
     """
     count = len(images)
-    if not count:  # a process's part of the last batch
+    if not count:  # of several processes' last batch
         return torch.empty(0, 3, resolution, resolution, device=images.device)
     if theta is None:
         theta = torch.eye(2, 3, device=images.device).expand(count, 2, 3)
@@ -455,8 +447,8 @@ def save_figure(figure, path):
 def run_command(main):
     """Runs a script's main(). Errors that users can correct: one line on stderr, exit code 2."""
     with suppress(AttributeError):  # a notebook's streams
-        for stream in (sys.stdout, sys.stderr):  # file names may have characters that it lacks
-            stream.reconfigure(errors="replace")
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # characters that a terminal lacks
     try:
         return main()
     except (UsageError, OSError) as error:

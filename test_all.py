@@ -259,7 +259,8 @@ class TinyImageNet(InFolder):
         close(data.load(data_dir="elsewhere").images, first.images, atol=0)  # has wnids.txt itself
 
     def test_a_cache_that_cannot_be_written_is_not_needed(self):
-        with (mock.patch.object(Path, "touch", side_effect=PermissionError(13, "Permission denied")),
+        denied = PermissionError(13, "Permission denied")
+        with (mock.patch.object(Path, "touch", side_effect=denied),
               contextlib.redirect_stderr(io.StringIO()) as err):
             data.load()
         self.assertRegex(err.getvalue(), "Permission denied.*data can be .* without a cache")
@@ -579,7 +580,7 @@ class Training(Commands):
             with mock.patch.object(data, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip"):
                 self.assertRefused(call(train, *arguments), *words)
         with mock.patch.dict(os.environ, WORLD_SIZE="2"):
-            self.assertRefused(call(train, "--find-lr"), "--find-lr", "single process")
+            self.assertRefused(call(train, "--find-lr"), "--find-lr", "one process")
         for words in ("CUDA out of memory", "not enough memory: you tried to allocate 9 bytes"):
             with mock.patch.object(train, "fit", side_effect=RuntimeError(words)):
                 self.assertRefused(call(train, *FLAGS), "out of memory", "--batch-size")
@@ -782,9 +783,9 @@ class Folder(InFolder):
         Path("one/cat").mkdir(parents=True)
         shutil.copy("photos/cat/1.png", "one/cat")
         Path("empty").mkdir()
-        for folder, *words in (("nowhere", "for each class"), ("empty", "for each class"),
+        for folder, *words in (("nowhere", "for each of"), ("empty", "for each of"),
                                ("one", "cat has 1"), ("two", "two/train"),
-                               ("photos/cat", "for each class")):
+                               ("photos/cat", "for each of")):
             self.assertRefused(call(data, "--dataset", "folder", "--data-dir", folder), *words)
         self.assertRefused(call(train, "--dataset", "folder", "--data-dir", "photos", "--split",
                                 "official", *FLAGS), "--split official")

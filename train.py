@@ -2,14 +2,13 @@
 
     python train.py --dataset shapes                  # no download: the full pipeline in minutes
     python train.py --epochs 50                       # Tiny ImageNet: 61.1 %, 6 minutes on an H100
+    python train.py --dataset folder --data-dir photos        # one folder of pictures per class
     python train.py --resume runs/tiny-imagenet-resnet18
     torchrun --nproc_per_node=4 train.py              # several GPUs
-    python train.py --dataset folder --data-dir photos        # one folder of pictures per class
     python train.py --find-lr                         # learning-rate range test: find-lr.png
 
 prints a row for each epoch and writes into runs/tiny-imagenet-resnet18, or a similar new folder:
-report.md, classes.csv, history.csv, curves.png, misclassified.png, gradcam.png, and the checkpoints
-last.pt and best.pt.
+report.md and its pictures, classes.csv, history.csv, and the checkpoints last.pt and best.pt.
 """
 import argparse
 import csv
@@ -46,8 +45,7 @@ RECIPES = {
     "folder": {"epochs": 50, "resolutions": [32, 32, 32, 32, 64], "stem_stride": 4,
                "batch_size": 32, "max_lr": 0.05, "min_crop": 0.35, "cutmix": 0.25},
 }
-SLOW = "On a CPU this run takes long. Far less: --stem-stride 4 --resolutions 32 48 64 --max-lr 0.1"
-NOT_SAVED = ("resume", "out", "device", "find_lr")  # flags that may differ on resuming
+NOT_SAVED = ("resume", "device", "find_lr")  # flags that may differ on resuming
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,8 +111,8 @@ def fit(learner, batches, val_batches, history, args, folder):
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(network)
     progress, drawn = data.Progress(quiet=folder is None), time.monotonic()
+    slow = batches.device.type == "cpu" and args.stem_stride < 4
     with_top5 = len(class_names) > 5  # else it is always 100 %
-    advice = SLOW if batches.device.type == "cpu" and args.stem_stride < 4 else ""
     if folder:
         print("epoch pixels train_loss train_acc val_loss val_acc"
               f"{' val_top5' if with_top5 else ''} images/s seconds", flush=True)
@@ -137,10 +135,11 @@ def fit(learner, batches, val_batches, history, args, folder):
             if progress.due():
                 loss = totals[0] / totals[3]  # reading a number waits for the GPU
                 done, seconds = (index + 1) / len(batches), time.monotonic() - start
-                speed, left = args.batch_size * (index + 1) / seconds, seconds_left(epoch, done, seconds, args)
-                if left > 3 * 3600 and advice:
-                    print(advice, file=sys.stderr)
-                    advice = ""
+                speed = (index + 1) * args.batch_size / seconds
+                left = seconds_left(epoch, done, seconds, args)
+                if slow and left > 3 * 3600:
+                    print("Faster on a CPU: --stem-stride 4 --resolutions 32 48 64 --max-lr 0.1")
+                    slow = False
                 progress.show(f"epoch {epoch}/{args.epochs} {done:4.0%}  loss {loss:.3f}  "
                               f"{speed:,.0f} images/s  {datetime.timedelta(seconds=left)} left")
 
@@ -152,18 +151,16 @@ def fit(learner, batches, val_batches, history, args, folder):
         # at the training resolution: others cost 7 points or more, because of zero padding
         val_loss, val_accuracy, val_top5, *_ = evaluate(replica, val_batches, resolution, dtype)
         seconds = time.monotonic() - start
-        row = {"epoch": epoch, "resolution": resolution, "lr": lr, "train_loss": train_loss,
-               "train_accuracy": train_accuracy, "val_loss": val_loss,
-               "val_accuracy": val_accuracy, "val_top5": val_top5, "seconds": round(seconds, 2)}
-        if not with_top5:
-            del row["val_top5"]
-        history.append(row)
+        history.append({"epoch": epoch, "resolution": resolution, "lr": lr,
+                        "train_loss": train_loss, "train_accuracy": train_accuracy,
+                        "val_loss": val_loss, "val_accuracy": val_accuracy, "val_top5": val_top5,
+                        "seconds": round(seconds, 2)})
         if not folder:
             continue
         top5 = f" {val_top5:8.2%}" if with_top5 else ""
         print(f"{epoch:2}/{args.epochs:<2} {resolution:6} {train_loss:10.3f} {train_accuracy:9.2%} "
               f"{val_loss:8.3f} {val_accuracy:7.2%}{top5} {speed:8,.0f} {seconds:7.0f}", flush=True)
-        if row is max(history, key=lambda row: row["val_accuracy"]):
+        if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
             save(folder / "best.pt", learner, history, args, class_names, with_optimizer=False)
         write_rows(folder / "history.csv", history)
         if time.monotonic() - drawn > 30:
@@ -214,7 +211,7 @@ def resolution_at(epoch, args):
 
 
 def seconds_left(epoch, done, seconds, args):
-    """Of the run, if a part of an epoch, done, took so many seconds. Time grows with the pixels."""
+    """Of a run, if a part of an epoch, done, took so many seconds, and time grows with pixels."""
     sides = [resolution_at(later, args) for later in range(epoch, args.epochs + 1)]
     epochs = sum((side / sides[0])**2 for side in sides) - done
     return round(1.15 * epochs * seconds / done)                        # with validation
@@ -258,7 +255,7 @@ def draw_curves(history, path):
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, (title, columns) in zip(axes, panels.items()):
         for column, label in columns.items():
-            if column in history[-1]:
+            if column != "val_top5" or min(row[column] for row in history) < 1:
                 axis.plot(epochs, [row[column] for row in history], ".-", label=label)
         for row, following in itertools.pairwise(history):
             if row["resolution"] != following["resolution"]:
@@ -291,7 +288,7 @@ def draw_misclassified(dataset, indices, predicted, confidence, path, columns=5)
 
 
 def tabulate_classes(names, labels, predicted):
-    """Returns a row with the accuracy of each class, and Markdown: best, worst, confusions."""
+    """Returns a row for each class, and Markdown: best, worst, most frequent confusions."""
     cells = torch.bincount(labels * len(names) + predicted, minlength=len(names)**2)
     confusion = cells.view(len(names), len(names))                      # [actual, predicted]
     accuracy = (confusion.diag() / confusion.sum(dim=1)).tolist()       # NaN: no images
@@ -323,9 +320,8 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     best = max(history, key=lambda row: row["val_accuracy"])
     classes, tables = tabulate_classes(dataset.class_names, dataset.labels[val_indices], predicted)
     cam = gradcam.GradCAM(network, dtype=dtype)
-    maps = ""
+    maps, sample = "", replace(val_batches, indices=data.shuffled(val_indices)[:1000])
     if dataset.boxes is not None:
-        sample = replace(val_batches, indices=data.shuffled(val_indices)[:1000])
         maps = (f"{gradcam.evaluate(cam, sample, resolution)}\n\nAll validation images: `python "
                 f"gradcam.py {shlex.quote(folder.as_posix())} --evaluate`.\n")
     top5 = f" (top-5 {top5:.2%})" if len(dataset.class_names) > 5 else ""
@@ -417,35 +413,33 @@ def parse_arguments():
     """Returns the flags, with the recipe's defaults, and the checkpoint to resume from, or None."""
     parser = argparse.ArgumentParser(description="Trains a network and reports on it.")
     add = parser.add_argument
-
-    def recipe(key):
-        return ", ".join(f"{name}: {recipe[key]}" for name, recipe in RECIPES.items())
-
-    add("--dataset", choices=RECIPES, default="tiny-imagenet", help="tiny-imagenet")
+    add("--dataset", choices=RECIPES, default="tiny-imagenet", 
+        help="tiny-imagenet; the others have their own defaults, in RECIPES")
+    parser.set_defaults(**RECIPES["tiny-imagenet"])
     add("--data-dir", type=os.path.abspath, default="data",
-        help="folder with tiny-imagenet-200, or with a folder of pictures for each class: data")
+        help="folder with tiny-imagenet-200, or with one folder per class: data")
     add("--split", choices=("70-30", "official"), default="70-30", help="70-30")
     add("--classes", type=int, help="use the first so many classes only: all")
     add("--model", choices=model.MODELS, default="resnet18", help="resnet18")
     add("--weights", type=os.path.abspath, metavar="RUN",
-        help="start with the weights of this run, but for the last layer")
+        help="start with the weights of this run; the last layer is new")
     add("--stem-stride", type=int, choices=(4, 2, 1),
-        help="ResNet18 shrinks images by this first; 4 is fastest; " + recipe("stem_stride"))
-    add("--epochs", type=int, help=recipe("epochs"))
+        help="ResNet18 shrinks images by this first; 4 is fastest: %(default)s")
+    add("--epochs", type=int, help="%(default)s")
     add("--resolutions", type=int, nargs="+", metavar="PIXELS",
-        help="image sides, for equal parts of the epochs; " + recipe("resolutions"))
-    add("--batch-size", type=int, help="of all processes together; " + recipe("batch_size"))
-    add("--max-lr", type=float, help="peak of OneCycle; " + recipe("max_lr"))
+        help="image sides, for equal parts of the epochs: %(default)s")
+    add("--batch-size", type=int, help="of all processes together: %(default)s")
+    add("--max-lr", type=float, help="peak of OneCycle: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="0.0005")
     add("--label-smoothing", type=float, default=0.1, help="0.1")
     add("--min-crop", type=float,
-        help="smallest area of a random crop, 1 for none; " + recipe("min_crop"))
-    add("--cutmix", type=float, help="fraction of patched images; " + recipe("cutmix"))
+        help="smallest area of a random crop, 1 for none: %(default)s")
+    add("--cutmix", type=float, help="fraction of patched images: %(default)s")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
         help="of convolutions: bf16 or fp16 where it is fast, else fp32")
     add("--seed", type=int, default=0, help="of split, weights, augmentation and shapes: 0")
     add("--device", default="auto", help="cuda, mps or cpu: a GPU if there is one")
-    add("--out", type=Path, help="new folder of the run, or picture of --find-lr")
+    add("--out", help="new folder of the run, or picture of --find-lr")
     add("--resume", type=lambda run: Path(run.removesuffix("last.pt")), metavar="RUN",
         help="continue the run in this folder")
     add("--find-lr", action="store_true", help="learning-rate range test instead of training")
@@ -453,9 +447,8 @@ def parse_arguments():
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     defaults = {**RECIPES[args.dataset], "command": command}
     if args.resume:
-        if args.resume.is_file() or args.out and not args.find_lr:
-            raise UsageError(f"--resume {args.resume}: name the run's folder, without --out: the "
-                             "run continues there, from its last.pt")
+        if args.resume.is_file():
+            raise UsageError(f"--resume {args.resume}: name the run's folder; last.pt is resumed")
         checkpoint = model.load_checkpoint(args.resume / "last.pt")
         defaults = checkpoint["config"]
     parser.set_defaults(**defaults)
@@ -481,9 +474,9 @@ def start_processes(device_name):
 
 def make_folder(args):
     """Returns the run's folder: a new one, as no run overwrites another."""
-    default = Path("runs") / f"{args.dataset}-{args.model}"
-    numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
-    for folder in [args.out] if args.out else itertools.chain([default], numbered):
+    default = f"runs/{args.dataset}-{args.model}"
+    numbered = (f"{default}-{number}" for number in itertools.count(2))
+    for folder in map(Path, [args.out] if args.out else itertools.chain([default], numbered)):
         folder.mkdir(parents=True, exist_ok=True)
         if not any(folder.iterdir()):
             return folder
@@ -492,8 +485,8 @@ def make_folder(args):
 
 def main():
     args, checkpoint = parse_arguments()
-    if args.find_lr and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("--find-lr: needs a single process: start it with python, not torchrun")
+    if args.find_lr and "WORLD_SIZE" in os.environ:
+        raise UsageError("--find-lr: one process only: start it with python, not torchrun")
     rank, local_rank, world_size, device = start_processes(args.device)
     if local_rank:
         dist.barrier()  # the first process of each machine downloads, decodes and caches
@@ -514,8 +507,6 @@ def main():
     network = model.create(args.model, len(dataset.class_names), args.stem_stride)
     if args.weights and not checkpoint:
         weights, own = model.load_checkpoint(Path(args.weights, "last.pt")), network.state_dict()
-        if weights["config"]["model"] != args.model:
-            raise UsageError(f"--weights {args.weights}: is not a run of --model {args.model}")
         for name in list(own)[:-2]:  # the last layer's weight and bias belong to its classes
             own[name].copy_(weights["model"][name])
     network = model.place(network, device)
@@ -536,7 +527,7 @@ def main():
     val_batches = replace(batches, dataset=data.validation_view(dataset, args.min_crop),
                           indices=val_indices, augment=False)
     if args.find_lr:
-        return find_lr(learner, batches, args, args.out or Path("find-lr.png"))
+        return find_lr(learner, batches, args, args.out or "find-lr.png")
 
     folder = None
     if rank == 0:
@@ -544,8 +535,8 @@ def main():
         hardware = f"{world_size} x {name}, {dtype}".replace("torch.", "")
         folder = args.resume or make_folder(args)
         print(f"{args.model} on {args.dataset}: {len(train_indices):,} training images, "
-              f"{len(val_indices):,} validation images; {hardware}\nwriting to {folder}; if "
-              f"interrupted, continue with --resume {shlex.quote(folder.as_posix())}", flush=True)
+              f"{len(val_indices):,} validation images; {hardware}\nwriting to {folder}; to "
+              f"continue it later: --resume {shlex.quote(folder.as_posix())}", flush=True)
         if not checkpoint:
             save(folder / "last.pt", learner, history, args, dataset.class_names)
     fit(learner, batches, val_batches, history, args, folder)
