@@ -211,9 +211,9 @@ def resolution_at(epoch, args):
 
 
 def seconds_left(epoch, done, seconds, args):
-    """Of a run, if a part of an epoch, done, took so many seconds, and time grows with pixels."""
+    """Of a run, if the fraction done of an epoch took so many seconds."""
     sides = [resolution_at(later, args) for later in range(epoch, args.epochs + 1)]
-    epochs = sum((side / sides[0])**2 for side in sides) - done
+    epochs = sum((side / sides[0])**2 for side in sides) - done         # time grows with pixels
     return round(1.15 * epochs * seconds / done)                        # with validation
 
 
@@ -292,8 +292,8 @@ def tabulate_classes(names, labels, predicted):
     cells = torch.bincount(labels * len(names) + predicted, minlength=len(names)**2)
     confusion = cells.view(len(names), len(names))                      # [actual, predicted]
     accuracy = (confusion.diag() / confusion.sum(dim=1)).tolist()       # NaN: no images
-    order = [label for label, a in enumerate(accuracy) if not math.isnan(a)]
-    order.sort(key=lambda label: -accuracy[label])
+    order = sorted((label for label, a in enumerate(accuracy) if a == a),
+                   key=lambda label: -accuracy[label])
     lines = ["| best | accuracy | worst | accuracy |", "| --- | ---: | --- | ---: |"]
     for best, worst in list(zip(order, reversed(order)))[:min(10, len(order) // 2)]:
         lines.append(f"| {names[best]} | {accuracy[best]:.1%} "
@@ -303,7 +303,7 @@ def tabulate_classes(names, labels, predicted):
     counts, cells = confusion.fill_diagonal_(0).flatten().topk(min(10, len(names)))
     lines += [f"| {names[cell // len(names)]} | {names[cell % len(names)]} | {count} |"
               for count, cell in zip(counts.tolist(), cells.tolist()) if count]
-    rows = [{"class": name, "accuracy": "-" if math.isnan(a) else round(a, 4)}
+    rows = [{"class": name, "accuracy": f"{a:.4f}".replace("nan", "-")}
             for name, a in zip(names, accuracy)]
     return rows, "\n".join(lines)
 
