@@ -138,7 +138,8 @@ def fit(learner, batches, val_batches, history, args, folder):
                 speed = (index + 1) * args.batch_size / seconds
                 left = seconds_left(epoch, done, seconds, args)
                 if slow and left > 3 * 3600:
-                    print("Faster on a CPU: --stem-stride 4 --resolutions 32 48 64 --max-lr 0.1")
+                    print(f"About {left / 3600:.0f} hours on this CPU; far fewer with --stem-stride 4 "
+                          "--resolutions 32 48 64 --max-lr 0.1", flush=True)
                     slow = False
                 progress.show(f"epoch {epoch}/{args.epochs} {done:4.0%}  loss {loss:.3f}  "
                               f"{speed:,.0f} images/s  {datetime.timedelta(seconds=left)} left")
