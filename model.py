@@ -4,7 +4,7 @@
     python model.py --stem-stride 4 --image-size 224 --num-classes 1000     # ImageNet's ResNet18
 
 prints for each layer its output shape, parameters, receptive field and multiply-adds; each table
-ends with a line such as `ResNet18: 11,279,112 parameters, 2,253 million multiply-adds ...`.
+ends with `ResNet18: 11,279,112 parameters, 2,253 million multiply-adds ...`.
 """
 import argparse
 import copy
@@ -165,7 +165,7 @@ def choose_device(name="auto", index=0):
 
 
 def choose_dtype(precision, device):
-    """Returns the torch.dtype for convolutions; "auto" is the fastest that the device has."""
+    """Returns the torch.dtype for convolutions; "auto" is 16 bits where they are fast."""
     if precision != "auto":
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     if device.type == "cuda":
