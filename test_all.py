@@ -747,6 +747,7 @@ class Folder(InFolder):
 
     def setUp(self):
         super().setUp()
+        self.enterContext(contextlib.redirect_stderr(io.StringIO()))
         for label, name in enumerate(("cat", "dog")):
             Path("photos", name).mkdir(parents=True)
             for i in range(10):
@@ -761,11 +762,6 @@ class Folder(InFolder):
         self.assertRegex(err, "skipped 1 of 21 pictures:\n.*photos/cat/broken.jpg: cannot")
         report = Path("run/report.md").read_text()
         self.assertNotRegex(report, "top-5|Pointing")
-        with mock.patch.multiple(train, fit=mock.DEFAULT, write_report=mock.DEFAULT):
-            call(train, *self.flags, "--out", "new", "--weights", "run")
-        old, new = (model.load_checkpoint(f"{run}/last.pt")["model"] for run in ("run", "new"))
-        self.assertEqual([key for key in old if not old[key].equal(new[key])],
-                         ["fc.weight", "fc.bias"])
         self.assertEqual([call(gradcam, "run")[0], call(data, *self.flags[:4])[0]], [0, 0])
         self.assertRefused(call(gradcam, "run", "--evaluate"), "boxes")
         self.assertRefused(call(data, *self.flags[:4], "--export-coco", "x.json"), "boxes")

@@ -422,8 +422,6 @@ def parse_arguments():
     add("--split", choices=("70-30", "official"), default="70-30", help="70-30")
     add("--classes", type=int, help="use the first so many classes only: all")
     add("--model", choices=model.MODELS, default="resnet18", help="resnet18")
-    add("--weights", type=os.path.abspath, metavar="RUN",
-        help="start with the weights of this run; the last layer is new")
     add("--stem-stride", type=int, choices=(4, 2, 1),
         help="ResNet18 shrinks images by this first; 4 is fastest: %(default)s")
     add("--epochs", type=int, help="%(default)s")
@@ -506,10 +504,6 @@ def main():
     torch.manual_seed(args.seed)
     dtype = model.choose_dtype(args.precision, device)
     network = model.create(args.model, len(dataset.class_names), args.stem_stride)
-    if args.weights and not checkpoint:
-        weights, own = model.load_checkpoint(Path(args.weights, "last.pt")), network.state_dict()
-        for name in list(own)[:-2]:  # the last layer's weight and bias belong to its classes
-            own[name].copy_(weights["model"][name])
     network = model.place(network, device)
     if world_size > 1 and device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
