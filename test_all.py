@@ -753,6 +753,7 @@ class Folder(InFolder):
             for i in range(10):
                 Image.new("RGB", (80, 60), (100 * label, 0, i)).save(f"photos/{name}/{i}.png")
 
+    @without_pictures
     def test_a_folder_of_pictures_is_trained_on_and_reported(self):
         Path("photos/cat/broken.jpg").write_text("text")
         dataset = data.load("folder", "photos")
@@ -1061,6 +1062,7 @@ class Readme(InFolder):
         best = call(gradcam, "--device", "cpu", checkpoint, picture)[1].splitlines()[1]
         self.assertEqual(out.getvalue().strip(), best.split()[1])
 
+    @without_pictures
     def test_the_exercises_run(self):
         edits = {"random_crops": (data, r"    theta = (?:.|\n)*(?=    return)"),  # what they replace
                  "fit": (train, r"one_cycle\((?:.|\n)*?max_lr\)"),
