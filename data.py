@@ -218,7 +218,8 @@ def folder(path):
     labels = torch.tensor(found.targets)[kept]
     counts = labels.bincount(minlength=len(names))
     if len(names) < 2 or counts.min() < 2:
-        raise UsageError(f"{needed} ({names[counts.argmin()]} has {counts.min()})")
+        raise UsageError(f"{needed} (classes: {len(names)}; {names[counts.argmin()]} "
+                         f"has {counts.min()})")
     return Dataset(images[kept], labels, None, None, names)
 
 
