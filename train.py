@@ -138,8 +138,8 @@ def fit(learner, batches, val_batches, history, args, folder):
                 speed = (index + 1) * args.batch_size / seconds
                 left = seconds_left(epoch, done, seconds, args)
                 if slow and left > 3 * 3600:
-                    print(f"About {left / 3600:.0f} hours on this CPU; far fewer with --stem-stride 4 "
-                          "--resolutions 32 48 64 --max-lr 0.1", flush=True)
+                    print(f"About {left / 3600:.0f} hours on this CPU; far fewer with "
+                          "--stem-stride 4 --resolutions 32 48 64 --max-lr 0.1", flush=True)
                     slow = False
                 progress.show(f"epoch {epoch}/{args.epochs} {done:4.0%}  loss {loss:.3f}  "
                               f"{speed:,.0f} images/s  {datetime.timedelta(seconds=left)} left")
@@ -321,8 +321,9 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     best = max(history, key=lambda row: row["val_accuracy"])
     classes, tables = tabulate_classes(dataset.class_names, dataset.labels[val_indices], predicted)
     cam = gradcam.GradCAM(network, dtype=dtype)
-    maps, sample = "", replace(val_batches, indices=data.shuffled(val_indices)[:1000])
+    maps = ""
     if dataset.boxes is not None:
+        sample = replace(val_batches, indices=data.shuffled(val_indices)[:1000])
         maps = (f"{gradcam.evaluate(cam, sample, resolution)}\n\nAll validation images: `python "
                 f"gradcam.py {shlex.quote(folder.as_posix())} --evaluate`.\n")
     top5 = f" (top-5 {top5:.2%})" if len(dataset.class_names) > 5 else ""
