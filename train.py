@@ -45,7 +45,7 @@ RECIPES = {
     "folder": {"epochs": 50, "resolutions": [32, 32, 32, 32, 64], "stem_stride": 4,
                "batch_size": 32, "max_lr": 0.05, "min_crop": 0.35, "cutmix": 0.25},
 }
-NOT_SAVED = ("resume", "device", "find_lr")  # flags that may differ on resuming
+NOT_SAVED = ("resume", "out", "device", "find_lr")  # flags that may differ on resuming
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,8 +447,9 @@ def parse_arguments():
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     defaults = {**RECIPES[args.dataset], "command": command}
     if args.resume:
-        if args.resume.is_file():
-            raise UsageError(f"--resume {args.resume}: name the run's folder; last.pt is resumed")
+        if args.resume.is_file() or args.out and not args.find_lr:
+            raise UsageError(f"--resume {args.resume}: name only the run's folder, without --out; "
+                             "the run continues there, from its last.pt")
         checkpoint = model.load_checkpoint(args.resume / "last.pt")
         defaults = checkpoint["config"]
     parser.set_defaults(**defaults)
