@@ -43,20 +43,22 @@ class UsageError(Exception):
 class Dataset(NamedTuple):
     images: torch.Tensor        # (N, 3, 64, 64) uint8
     labels: torch.Tensor        # (N,) int64, 0 ... number of classes - 1
-    boxes: torch.Tensor         # (N, 4) int64: x0, y0, x1, y1 in pixels; x1 and y1 are exclusive
+    boxes: torch.Tensor         # (N, 4) int64: x0, y0, x1, y1 in pixels; x1 and y1 are exclusive;
+                                # None for a folder of pictures
     official_val: torch.Tensor  # (N,) bool: belongs to the official validation set
-                                # (both are None for a folder of pictures)
     class_names: list           # label -> name, "goldfish"
 
 
 def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
     """Returns a Dataset, of the first `classes` classes only if that is given. Raises UsageError.
 
-    "shapes" is drawn from seed; "folder" is data_dir itself; "tiny-imagenet" is in data_dir, and
+    "shapes" is drawn from seed, "folder" is data_dir itself, "tiny-imagenet" is in data_dir, and
     downloaded if missing.
     """
-    read = {"tiny-imagenet": tiny_imagenet, "folder": folder}
-    dataset = shapes(seed) if name == "shapes" else read[name](Path(data_dir))
+    if name == "shapes":
+        dataset = shapes(seed)
+    else:
+        dataset = (folder if name == "folder" else tiny_imagenet)(Path(data_dir))
     if classes is None:
         return dataset
     kept = dataset.labels < classes
@@ -69,11 +71,8 @@ def split(dataset, kind="70-30", seed=0):
 
     "70-30" draws 70 % of each class (385 of its 550 images) with seed: the assignment's split,
     stratified. "official" is the data set's own, 100,000 and 10,000 images, which papers report.
-    Raises UsageError if it has none.
     """
     if kind == "official":
-        if dataset.official_val is None:
-            raise UsageError("--split official: a folder of pictures has no official split")
         return torch.where(~dataset.official_val)[0], torch.where(dataset.official_val)[0]
     generator = torch.Generator().manual_seed(seed)
     train_indices, val_indices = [], []
@@ -111,8 +110,8 @@ def tiny_imagenet(data_dir):
         class_names, rows = list_images(folder)
         files, labels, boxes, official_val = zip(*rows)
         images, errors = decode(files)
-        if errors:
-            raise next(iter(errors.values()))
+        for error in errors.values():
+            raise error
     except Exception as error:  # damaged and incomplete files raise a dozen types
         raise UsageError(f"{source}: cannot be read ({str(error).split('. ')[0]}): if it is "
                          "damaged or incomplete, delete it and start again") from error
@@ -220,7 +219,7 @@ def folder(path):
     if len(names) < 2 or counts.min() < 2:
         raise UsageError(f"{needed} (classes: {len(names)}; {names[counts.argmin()]} "
                          f"has {counts.min()})")
-    return Dataset(images[kept], labels, None, None, names)
+    return Dataset(images[kept], labels, None, torch.zeros(len(kept), dtype=torch.bool), names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,12 +494,12 @@ def export_coco(dataset, path):
     """Writes the bounding boxes as a COCO instances file, one object in each image."""
     if dataset.boxes is None:
         raise UsageError("--export-coco: a folder of pictures has no bounding boxes")
-    images, annotations = [], []
-    for i, (label, box) in enumerate(zip(dataset.labels.tolist(), dataset.boxes.tolist())):
-        x, y, w, h = *box[:2], box[2] - box[0], box[3] - box[1]
-        images.append({"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE})
-        annotations.append({"id": i, "image_id": i, "category_id": label, "iscrowd": 0,
-                            "bbox": [x, y, w, h], "area": w * h})
+    images = [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE}
+              for i in range(len(dataset.labels))]
+    annotations = [{"id": i, "image_id": i, "category_id": label, "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+                   for i, (label, (x0, y0, x1, y1)) in enumerate(
+                       zip(dataset.labels.tolist(), dataset.boxes.tolist()))]
     categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names)]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"images": images, "annotations": annotations,
@@ -517,7 +516,7 @@ def main():
     args = parser.parse_args()
     dataset = load(args.dataset, args.data_dir)
     print(f"{args.dataset}: {len(dataset.labels):,} images of {len(dataset.class_names)} classes")
-    for kind in ("70-30",) if dataset.official_val is None else ("70-30", "official"):
+    for kind in ("70-30", "official"):
         train_indices, val_indices = split(dataset, kind)
         print(f"split {kind}: {len(train_indices):,} training images, "
               f"{len(val_indices):,} validation images")

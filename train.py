@@ -110,8 +110,7 @@ def fit(learner, batches, val_batches, history, args, folder):
     replica = network  # or its wrapper: averages gradients, copies BatchNorm's running statistics
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(network)
-    progress, drawn = data.Progress(quiet=folder is None), time.monotonic()
-    slow = batches.device.type == "cpu" and args.stem_stride < 4
+    progress = data.Progress(quiet=folder is None)
     with_top5 = len(class_names) > 5  # else it is always 100 %
     if folder:
         print("epoch pixels train_loss train_acc val_loss val_acc"
@@ -136,13 +135,9 @@ def fit(learner, batches, val_batches, history, args, folder):
                 loss = totals[0] / totals[3]  # reading a number waits for the GPU
                 done, seconds = (index + 1) / len(batches), time.monotonic() - start
                 speed = (index + 1) * args.batch_size / seconds
-                left = seconds_left(epoch, done, seconds, args)
-                if slow and left > 3 * 3600:
-                    print(f"About {left / 3600:.0f} hours on this CPU; far fewer with "
-                          "--stem-stride 4 --resolutions 32 48 64 --max-lr 0.1", flush=True)
-                    slow = False
+                left = seconds / done * (epochs_left(epoch, args) - done)
                 progress.show(f"epoch {epoch}/{args.epochs} {done:4.0%}  loss {loss:.3f}  "
-                              f"{speed:,.0f} images/s  {datetime.timedelta(seconds=left)} left")
+                              f"{speed:,.0f} images/s  {datetime.timedelta(0, round(left))} left")
 
         train_loss, train_accuracy, _ = mean(totals)
         if not math.isfinite(train_loss):
@@ -164,9 +159,6 @@ def fit(learner, batches, val_batches, history, args, folder):
         if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
             save(folder / "best.pt", learner, history, args, class_names, with_optimizer=False)
         write_rows(folder / "history.csv", history)
-        if time.monotonic() - drawn > 30:
-            draw_curves(history, folder / "curves.png")
-            drawn = time.monotonic()
         save(folder / "last.pt", learner, history, args, class_names)  # last: completes the epoch
 
 
@@ -211,11 +203,10 @@ def resolution_at(epoch, args):
     return args.resolutions[math.ceil(epoch * len(args.resolutions) / args.epochs) - 1]
 
 
-def seconds_left(epoch, done, seconds, args):
-    """Of a run, if the fraction done of an epoch took so many seconds."""
-    sides = [resolution_at(later, args) for later in range(epoch, args.epochs + 1)]
-    epochs = sum((side / sides[0])**2 for side in sides) - done         # time grows with pixels
-    return round(1.15 * epochs * seconds / done)                        # with validation
+def epochs_left(epoch, args):
+    """In units of this epoch: the time for an image grows with its pixels."""
+    side = resolution_at(epoch, args)
+    return sum((resolution_at(later, args) / side)**2 for later in range(epoch, args.epochs + 1))
 
 
 def config(args):
@@ -415,7 +406,7 @@ def parse_arguments():
     """Returns the flags, with the recipe's defaults, and the checkpoint to resume from, or None."""
     parser = argparse.ArgumentParser(description="Trains a network and reports on it.")
     add = parser.add_argument
-    add("--dataset", choices=RECIPES, default="tiny-imagenet", 
+    add("--dataset", choices=RECIPES, default="tiny-imagenet",
         help="tiny-imagenet; the others have their own defaults, in RECIPES")
     parser.set_defaults(**RECIPES["tiny-imagenet"])
     add("--data-dir", type=os.path.abspath, default="data",
@@ -497,9 +488,9 @@ def main():
     if checkpoint and checkpoint["classes"] != dataset.class_names:
         raise UsageError(f"{args.data_dir}: has other classes than the run")
     train_indices, val_indices = data.split(dataset, args.split, args.seed)
-    if args.batch_size > len(train_indices):
-        raise UsageError(f"--batch-size {args.batch_size}: there are only {len(train_indices):,} "
-                         "training images")
+    if args.batch_size > len(train_indices) or not len(val_indices):
+        raise UsageError(f"--batch-size {args.batch_size} --split {args.split}: there are only "
+                         f"{len(train_indices):,} training images and {len(val_indices):,} others")
     if device.type == "cuda":
         dataset = dataset._replace(images=dataset.images.to(device))  # 1.4 GB
 
@@ -534,6 +525,9 @@ def main():
         print(f"{args.model} on {args.dataset}: {len(train_indices):,} training images, "
               f"{len(val_indices):,} validation images; {hardware}\nwriting to {folder}; to "
               f"continue it later: --resume {shlex.quote(folder.as_posix())}", flush=True)
+        if device.type == "cpu" and args.stem_stride < 4 and args.epochs * len(batches) > 2000:
+            print("This may take days on a CPU; hours with --stem-stride 4 --resolutions 32 48 64 "
+                  "--max-lr 0.1", flush=True)
         if not checkpoint:
             save(folder / "last.pt", learner, history, args, dataset.class_names)
     fit(learner, batches, val_batches, history, args, folder)
