@@ -177,42 +177,26 @@ def short(value):
     return "".join(c if c.isprintable() else " " for c in str(value)[:60])
 
 
-def count_classes(data):
-    """Rows (id, name, boxes without crowds, their share), the most frequent first."""
-    boxes = np.bincount(data.label[~data.crowd], minlength=len(data.classes)).tolist()
-    shares = [f"{number / max(sum(boxes), 1):.2%}" for number in boxes]
-    return sorted(zip(data.classes, data.names, boxes, shares), key=lambda row: -row[2])
-
-
 def check_quality(data, box, size):
     """Lines about odd boxes (N, 4) in images of size (N, 2), and (N,) bool: boxes to cluster."""
-    lines, good = [], np.ones(len(box), bool)
-
-    def say(what, places):
-        if places:
-            lines.append(f"- {len(places):,} {what}: " + ", ".join(map(str, places[:3])))
-
-    def check(what, odd):
-        say(what, [data.place.format(number) for number in data.number[odd]])
-        if "left out" in what:
-            good[odd] = False
-
-    say("unusable (left out)", data.unusable)
-    check("without area (left out)", (box[:, 2:] < 1e-6).any(axis=1))
-    check("crowds, one box around many objects (left out)", data.crowd)
     rows = np.column_stack([data.bbox, data.image, data.label])
     first = np.unique(rows, axis=0, return_index=True)[1]
-    check("repeat an earlier box, class and image (left out)", ~np.isin(range(len(rows)), first))
     sized = np.isfinite(size).all(axis=1)
-    if sized.any():
-        check("in images of unknown size (left out)", ~sized)
-        check("not inside their image", good & ~inside(box, size))
-    for table, keys, used in (("images", data.images, data.image),
-                              ("categories", data.classes, data.label)):
+    odd = {"without area (left out)": (box[:, 2:] < 1e-6).any(axis=1),
+           "crowds, one box around many objects (left out)": data.crowd,
+           "repeat an earlier box, class and image (left out)": ~np.isin(range(len(rows)), first),
+           "in images of unknown size (left out)": ~sized & sized.any()}
+    good = ~np.any(list(odd.values()), axis=0)
+    odd["not inside their image"] = good & sized & ~inside(box, size)
+    faults = {"unusable (left out)": data.unusable}
+    for table, used in ("images", data.image), ("categories", data.label):
         ids = Counter(data.ids[table])
-        missing = np.array([bool(ids) and key not in ids for key in keys])
-        check(f"refer to missing {table}", missing[used])
-        say(f"ids of {table} occur twice", [key for key in ids if ids[key] > 1])
+        odd[f"refer to missing {table}"] = (used >= len(ids)) & bool(ids)  # they come last
+        faults[f"ids of {table} occur twice"] = [key for key in ids if ids[key] > 1]
+    for what, mask in odd.items():
+        faults[what] = [data.place.format(number) for number in data.number[mask]]
+    lines = [f"- {len(places):,} {what}: " + ", ".join(map(str, places[:3]))
+             for what, places in faults.items() if places]
     return lines or ["- no fault found"], good
 
 
@@ -281,7 +265,7 @@ def draw_classes(classes):
                                   figsize=(2 + 2.8 * len(columns), 0.8 + 0.17 * len(columns[0])))
     figure.suptitle(f"boxes of {len(shown)} of {len(classes)} classes, the most frequent first")
     for axes, column in zip(panels[0], columns):
-        _, names, counts, _ = zip(*column)
+        _, names, counts = zip(*column)
         axes.bar_label(axes.barh(range(len(counts)), counts, color=BLUE), fmt=" {:,.0f}")
         axes.set_yticks(range(len(counts)), names)
         axes.set_ylim(len(columns[0]) - 0.4, -0.6)
@@ -383,8 +367,9 @@ def analyse(data, args):
                photo.width / photo.height, true_size[row, 0] / true_size[row, 1], rtol=0.02)]
     why += "".join(odd[:1])
 
-    classes = count_classes(data)
-    summary = f"{data.kind}: {(~data.crowd).sum():,} boxes, {len(classes)} classes"
+    counts = np.bincount(data.label[~data.crowd], minlength=len(data.classes)).tolist()
+    classes = sorted(zip(data.classes, data.names, counts), key=lambda row: -row[2])
+    summary = f"{data.kind}: {sum(counts):,} boxes, {len(classes)} classes"
     if data.grouped:
         summary += f", {len(data.images):,} images"
     fits = [(READINGS[key].text, f"{fit[key]:.2%}", "{:.5g} x {:.5g}".format(*reach[key]))
@@ -398,7 +383,7 @@ def analyse(data, args):
         markdown(("table", "field", "example", "meaning"), *describe_fields(data, reading)),
         "## Quality", *quality,
         "## Classes", "![](class_distribution.png)",
-        markdown(("id", "name", "boxes", "share"), *classes),
+        markdown(("id", "name", "boxes"), *classes),
         "## Boxes", "![](bbox_distribution.png)", "![](bbox_wh.png)",
         "## Anchors", "![](anchors.png)", f"Anchors: width,height in {unit}", *lines]
     other = "xywh" if reading != "xywh" else max(list(fit)[1:], key=fit.get)
