@@ -105,29 +105,28 @@ def find_readings(bbox, size, area, kind):
             exact.append(key)
 
     unit, other_unit = find_unit(bbox, size, fit, reach)
-    if exact and unit is not PERCENTS:
-        unit, other_unit = exact, []
-    keys = [key for key in unit if key != EXCHANGED or sized and (size != size[:, ::-1]).any()]
+    if unit is not PERCENTS and (proven := [key for key in unit + other_unit if key in exact]):
+        unit, other_unit = proven, []
+    keys = [key for key in unit if key != EXCHANGED or (np.ptp(size, axis=1) > 0).any()]
+    best = max(map(fit.get, keys))
+    margin = dict.fromkeys(keys, 0.01)
     if specified:
         keys.sort(key=lambda key: not key.startswith("xywh"))
-
-    def alike(keys):  # as good as the best
-        return [key for key in keys if fit[key] > max(map(fit.get, keys)) - 0.01]
-
-    found, best = alike(keys), max(map(fit.get, keys))
-    if specified and best - fit[keys[0]] <= (0.05 if best >= 0.8 else 0.3):
-        found = list(dict.fromkeys(keys[:1] + found))  # the specification, not noise
+        margin[keys[0]] = 0.05 if best >= 0.8 else 0.3  # the specification, not noise
+    found = [key for key in keys if fit[key] > best - margin[key]]
     if not sized:  # most orders fit
         first = found[:1] if kind == COCO_LIST else []
-        narrow, wide = sorted(keys[:2], key=lambda key: reach[key].prod())
         corners = [key for key in found if key.startswith(("xyxy", "yxyx"))]
         if corners and len(bbox) >= 20:  # x1 < x2 and y1 < y2 in all boxes is no coincidence
             found = corners
-        elif reach[wide].prod() > 1.1 * reach[narrow].prod():  # exchanging x and y spreads boxes
-            found = [key for key in found if key != wide]
+        else:  # exchanging x and y spreads boxes
+            spread = {key: reach[key].prod() for key in found if key.startswith(("xywh", "yxwh"))}
+            found = [key for key in found
+                     if key not in spread or spread[key] <= 1.1 * min(spread.values())]
         found = list(dict.fromkeys(first + found))
     where = 1 if unit is PIXELS else len(found)
-    found[where:where] = alike(other_unit)[:2]
+    others = [key for key in other_unit if fit[key] > max(map(fit.get, other_unit)) - 0.01]
+    found[where:where] = others[:2]
     return found[:1] if best < 0.5 else found, fit, reach
 
 
