@@ -476,28 +476,29 @@ class BadInput(OSError):
 
 def read_tables(path):
     """Returns the kind of the file, and its lists of annotations, images and categories."""
-    text = Path(path).read_text("utf-8-sig", "replace")
-    if not text.lstrip().startswith(("{", "[")):
-        return LINES, read_lines(text), [], []
+    def read():
+        return Path(path).read_text("utf-8-sig", "replace")
+
     # Polygons fill most of a large file: without them, decoding takes half the time and memory.
-    text = re.sub(r'"segmentation":\s*\[[][0-9 .,\n-]*\]', '"segmentation":"..."', text)
+    polygons = r'"segmentation":\s*\[[][0-9 .,\n-]*\]'
     try:
-        top = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text[error.pos] in "{,":
-            return LINES, read_lines(text), [], []
+        top = json.loads(re.sub(polygons, '"segmentation":"..."', read()))
+    except json.JSONDecodeError:
+        text = read()
         try:
-            json.loads(Path(path).read_text("utf-8-sig", "replace"))  # to name the right place
-        except json.JSONDecodeError as place:
-            error = place
-        raise BadInput(f"not valid JSON: {error}: correct it there, or export or download the file "
-                       "again") from error
+            top = json.loads(text)  # to name the right place
+        except json.JSONDecodeError as error:
+            more = error.msg == "Extra data" and text[error.pos] in "{,"
+            if more or not text.lstrip().startswith(("{", "[")):
+                return LINES, read_lines(text), [], []
+            raise BadInput(f"not valid JSON: {error}: correct it there, or export or download the "
+                           "file again") from error
     if isinstance(top, list):
         return LIST, top, [], []
-    if isinstance(top, dict) and "bbox" in top:
+    if not isinstance(top, dict) or not {"bbox", *TABLES} & top.keys():
+        raise BadInput(f"{short(top)!r}: {EXPECTED}")
+    if "bbox" in top:
         return LINES, [top], [], []
-    if not isinstance(top, dict) or not set(TABLES) & top.keys():
-        raise BadInput(f"{short(text)!r}: {EXPECTED}")
     tables = [top.get(name) for name in TABLES]
     return COCO, *(table if isinstance(table, list) else [] for table in tables)
 
@@ -549,17 +550,18 @@ class Annotations:
 
     def __init__(self, path):
         self.kind, *tables = read_tables(path)
-        annotations, images, categories = (
-            [record if isinstance(record, dict) else {} for record in table] for table in tables)
-        self.fields = {(name, field): value
-                       for name, table in zip(TABLES, (annotations, images, categories))
+        tables = {name: [record if isinstance(record, dict) else {} for record in table]
+                  for name, table in zip(TABLES, tables)}
+        annotations, images, categories = tables.values()
+        self.fields = {(name, field): value for name, table in tables.items()
                        for record in reversed(table[:1000]) for field, value in record.items()}
         names = {field for name, field in self.fields if name == "annotations"}
         self.grouped = bool(names & {"image_id", "file_name"})
         self.class_key = next((key for key in CLASS_KEYS if key in names), None)
-        ids = [identifier(record.get("id")) for record in annotations if not self.class_key]
-        if not self.grouped and len(set(ids)) < len(ids):
-            self.class_key = "id"  # as in the assignment's file; elsewhere it numbers the records
+        if not self.grouped and not self.class_key:
+            ids = [identifier(record.get("id")) for record in annotations]
+            if len(set(ids)) < len(ids):
+                self.class_key = "id"  # as in the assignment's file; elsewhere it numbers records
         if self.kind == LIST and {"image_id", "category_id"} <= names:
             self.kind = COCO_LIST
 
@@ -567,7 +569,7 @@ class Annotations:
         boxes = [to_floats(record.get("bbox"), 4) for record in annotations]
         labels = [identifier(record.get(self.class_key)) if self.class_key else "object"
                   for record in annotations]
-        good = [i for i, box in enumerate(boxes) if box and labels[i] is not None]
+        good = [i for i, box in enumerate(boxes) if box and labels[i]]
         self.unusable = [
             f"{self.place.format(i + first)} (class {labels[i]}, bbox {short(record.get('bbox'))})"
             for i, record in enumerate(annotations) if record and not (boxes[i] and labels[i])]
@@ -580,10 +582,10 @@ class Annotations:
         area = (record.get("area") for record in records)
         self.area = np.array([a if isinstance(a, (int, float)) else np.nan for a in area], float)
 
-        used = [identifier(record.get("image_id", record.get("file_name"))) for record in records]
-        used = [number if key is None else key for key, number in zip(used, good)]
-        self.ids = {"images": [identifier(image.get("id")) for image in images],
-                    "categories": [identifier(category.get("id")) for category in categories]}
+        used = [identifier(record.get("image_id", record.get("file_name"))) or i
+                for i, record in zip(good, records)]
+        self.ids = {name: [identifier(record.get("id")) for record in tables[name]]
+                    for name in ("images", "categories")}
         details = dict(zip(self.ids["images"], images) if self.kind == COCO else zip(used, records))
         self.images, self.image = distinct(details, used)
         details = [details.get(key, {}) for key in self.images]
@@ -598,7 +600,7 @@ class Annotations:
             'No field names a class: all boxes are of one class, "object".')
         for ids in range(80), COCO_IDS:
             coco = dict(zip(map(str, ids), COCO_NAMES))
-            if not names and len(self.classes) >= 75 and coco.keys() >= set(self.classes):
+            if not names and len(self.classes) >= 75 and set(self.classes) <= coco.keys():
                 names = coco
                 self.assumed = "Class names are assumed: the ids are those of COCO."
         self.names = [short(names.get(key) or (f"id {key}" if str(key)[:1].isdigit() else key))
