@@ -139,7 +139,7 @@ def find_unit(bbox, size, fit, reach):
         return PERCENTS, []
     # Pixels below 100 fit as percent, too. But percent reach 100, and as pixels leave images empty.
     low, high = np.sort(reach[best.removesuffix("-percent")])
-    filled = (high / np.median(size, axis=0)).max()  # NaN without sizes
+    filled = high / np.median(size, axis=0).min()  # NaN without sizes
     many = len(bbox) >= 20
     if fit[best] < 0.5 or filled > 0.9 or many and low < 80:
         return PIXELS, []
@@ -258,24 +258,20 @@ def draw_readings(data, size, photos, readings, fit, reach):
 
 
 def draw_classes(classes):
-    shown = classes[:81]
-    columns = [shown[start:start + 27] for start in range(0, len(shown), 27)]
-    figure, panels = plt.subplots(1, len(columns), squeeze=False, sharex=True,
-                                  figsize=(2 + 2.8 * len(columns), 0.8 + 0.17 * len(columns[0])))
-    figure.suptitle(f"boxes of {len(shown)} of {len(classes)} classes, the most frequent first")
-    for axes, column in zip(panels[0], columns):
-        _, names, counts = zip(*column)
-        axes.bar_label(axes.barh(range(len(counts)), counts, color=BLUE), fmt=" {:,.0f}")
-        axes.set_yticks(range(len(counts)), names)
-        axes.set_ylim(len(columns[0]) - 0.4, -0.6)
-        axes.margins(x=0.2)
+    _, names, counts = zip(*classes[:80])
+    figure, axes = plt.subplots(figsize=(6, 0.8 + 0.17 * len(names)))
+    axes.bar_label(axes.barh(range(len(names)), counts, color=BLUE), fmt=" {:,.0f}")
+    axes.set_yticks(range(len(names)), names)
+    axes.margins(x=0.15)
+    axes.set(title=f"boxes of {len(names)} of {len(classes)} classes, the most frequent first",
+             ylim=(len(names) - 0.4, -0.6))
     return figure
 
 
 def octaves(values):
     """The powers of two around values, at least one octave apart."""
     low = np.floor(np.log2(values.min()))
-    return low, max(np.ceil(np.log2(values.max())), low + 1)
+    return 2 ** low, 2 ** max(np.ceil(np.log2(values.max())), low + 1)
 
 
 def draw_boxes(data, box, size):
@@ -290,9 +286,9 @@ def draw_boxes(data, box, size):
             ("width / height", box[:, 2] / box[:, 3]),
             ("root of width x height, pixels", np.sqrt(box[:, 2] * box[:, 3])),
             ("annotations of an image", np.unique(data.image, return_counts=True)[1]))):
-        axes.hist(np.log2(values), 40, range=octaves(values), color=BLUE)
-        axes.locator_params(axis="x", integer=True)
-        axes.xaxis.set_major_formatter(lambda power, _: f"{2 ** power:g}")
+        axes.hist(values, np.geomspace(*octaves(values), 41), color=BLUE)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel=label, ylabel="images" if "image" in label else "boxes")
     return figure
 
@@ -307,7 +303,7 @@ def draw_sizes(wh, anchors, unit):
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set(title=f"boxes and {len(anchors)} anchors, {unit}", xlabel="width", ylabel="height",
-             xlim=np.exp2(octaves(wh[:, 0])), ylim=np.exp2(octaves(wh[:, 1])))
+             xlim=octaves(wh[:, 0]), ylim=octaves(wh[:, 1]))
     return figure
 
 
@@ -592,7 +588,8 @@ class Annotations:
         self.size = np.array([to_floats((image.get("width"), image.get("height")), 2)
                               or [np.nan] * 2 for image in details])
         self.size[(self.size < 1).any(axis=1)] = np.nan
-        self.files = [image.get("file_name") for image in details]
+        self.files = [str(image.get("file_name") or f"{key:0>12}.jpg")  # by default as in COCO
+                      for key, image in zip(self.images, details)]
 
         names = dict(zip(self.ids["categories"], (category.get("name") for category in categories)))
         self.classes, self.label = distinct(names, [labels[i] for i in good])
@@ -607,9 +604,8 @@ class Annotations:
                       for key in self.classes]
 
     def photo(self, folder, row):
-        """The path of a box's image, by default as in COCO."""
-        image = self.image[row]
-        return Path(folder, str(self.files[image] or f"{self.images[image]:0>12}.jpg"))
+        """The path of a box's image."""
+        return Path(folder, self.files[self.image[row]])
 
 
 if __name__ == "__main__":
