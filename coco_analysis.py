@@ -84,15 +84,14 @@ def find_readings(bbox, size, area, kind):
     """Finds out what four numbers mean: under the right reading, boxes lie inside their images.
 
     bbox (N, 4) as in the file; size (N, 2) of the images and area (N,) of the objects in pixels,
-    NaN where unknown; kind of the file: COCO specifies [x, y, width, height]. Returns the readings
-    that explain the numbers, the likeliest first; {reading: share of the boxes inside}; {reading:
-    (2,) largest x and y}.
+    NaN where unknown; kind of the file. Returns the possible readings, the likeliest first;
+    {reading: share of the boxes inside}; {reading: (2,) largest x and y}.
     """
     rows = (bbox[:, 2:] > 0).all(axis=1)
     if not rows.any():
         raise BadInput("no box has an area")
     known = rows & np.isfinite(size).all(axis=1)
-    sized, specified = known.any(), kind.startswith("COCO")
+    sized = known.any()
     bbox, size, area = (column[known if sized else rows] for column in (bbox, size, area))
     fit, reach, exact = {}, {}, []
     for key, reading in READINGS.items():
@@ -105,14 +104,15 @@ def find_readings(bbox, size, area, kind):
             exact.append(key)
 
     unit, other_unit = find_unit(bbox, size, fit, reach)
-    if unit is not PERCENTS and (proven := [key for key in unit + other_unit if key in exact]):
+    proven = [key for key in unit + other_unit if key in exact]
+    if proven and unit is not PERCENTS:
         unit, other_unit = proven, []
     keys = [key for key in unit if key != EXCHANGED or (np.ptp(size, axis=1) > 0).any()]
     best = max(map(fit.get, keys))
     margin = dict.fromkeys(keys, 0.01)
-    if specified:
+    if kind.startswith("COCO"):  # which specifies [x, y, width, height]
         keys.sort(key=lambda key: not key.startswith("xywh"))
-        margin[keys[0]] = 0.05 if best >= 0.8 else 0.3  # the specification, not noise
+        margin[keys[0]] = 0.05 if best >= 0.8 else 0.3
     found = [key for key in keys if fit[key] > best - margin[key]]
     if not sized:  # most orders fit
         first = found[:1] if kind == COCO_LIST else []
@@ -151,9 +151,10 @@ def find_unit(bbox, size, fit, reach):
 def explain(found, fit, bbox, size, kind):
     """A sentence: the first of the readings found, its evidence, and what else is possible."""
     best, *others = found
-    by_specification = best == "xywh" and kind.startswith("COCO")
-    why = (f"bbox is {READINGS[best].text}{', as COCO specifies' if by_specification else ''}: "
-           f"{fit[best]:.1%} of the boxes")
+    why = f"bbox is {READINGS[best].text}"
+    if best == "xywh" and kind.startswith("COCO"):
+        why += ", as COCO specifies"
+    why += f": {fit[best]:.1%} of the boxes"
     if (bbox[:, 2:] <= 0).any():
         why += " with an area"
     why += (" lie inside their images" if np.isfinite(size).any() else
@@ -308,7 +309,7 @@ def draw_sizes(wh, anchors, unit):
 
 
 def draw_anchors(found, unit):
-    """To scale, with a common centre, a panel for each k."""
+    """To scale, with a common centre."""
     figure, panels = plt.subplots(1, len(found), squeeze=False, sharey=True,
                                   figsize=(3.5 * len(found), 4.5))
     half = 0.55 * max(anchors.max() for anchors, _ in found.values())
@@ -519,7 +520,7 @@ def identifier(value):
 
 
 def to_floats(values, count):
-    """`count` numbers, or some in quotes, as floats; [] if they are anything else or absurd."""
+    """`count` numbers, also in quotes, as floats; [] if they are anything else or absurd."""
     try:
         floats = list(map(float, values))
         return floats if len(floats) == count and sum(map(abs, floats)) < 1e9 else []
@@ -528,7 +529,7 @@ def to_floats(values, count):
 
 
 def distinct(keys, used):
-    """Distinct keys, those of used (N,) at the end, and (N,) int64: where they are in the list."""
+    """Distinct keys, others of used (N,) at the end; and (N,) int64: the place of each of used."""
     found = list(dict.fromkeys([*keys, *used]))
     row = {key: number for number, key in enumerate(found)}
     return found, np.array([row[key] for key in used])
@@ -539,9 +540,8 @@ class Annotations:
 
     bbox (N, 4) float64, as in the file; area (N,) float64, NaN where unknown; image, label (N,)
     int64: row of image and class; crowd (N,) bool; number (N,): place in the file; size (I, 2)
-    float64 in pixels, NaN where unknown; images [I], classes [C]: ids as text; files [I]; names
-    [C]; unusable: annotations left out; ids {table: list}; fields {(table, field): example};
-    grouped: do records name their images?
+    float64 in pixels, NaN where unknown; images [I], classes [C]: ids; files [I]; names [C];
+    fields {(table, field): example}; grouped: do records name their images?
     """
 
     def __init__(self, path):
