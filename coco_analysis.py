@@ -347,6 +347,12 @@ def analyse(data, args):
     if args.bbox_format:
         found = [args.bbox_format]
     why, reading = explain(found, fit, data.bbox, size, data.kind), found[0]
+    photos, (_, true_size) = open_photos(data, args.images), to_xywh(data.bbox, size, reading)
+    for row, photo in photos.items():
+        w, h = true_size[row]
+        if photo and abs(photo.width / photo.height * h / w - 1) > 0.02:  # false without sizes
+            why += f". {data.photo(args.images, row)} has another shape than in the file"
+            break
     if READINGS[reading].whole and np.isnan(size).all():
         size = np.ones_like(size)  # boxes stay fractions
     box, true_size = to_xywh(data.bbox, size, reading)
@@ -355,11 +361,6 @@ def analyse(data, args):
         raise BadInput(f"no usable {READINGS[reading].text}: try another --bbox-format")
     wh, unit = at_input(box[good, 2:], true_size[good], args.size, args.resize)
     anchors = find_anchors(wh, args.k)
-    photos = open_photos(data, args.images)
-    odd = [f". {data.photo(args.images, row)} has another shape than in the file"
-           for row, photo in photos.items() if photo and not np.isclose(
-               photo.width / photo.height, true_size[row, 0] / true_size[row, 1], rtol=0.02)]
-    why += "".join(odd[:1])
 
     counts = np.bincount(data.label[~data.crowd], minlength=len(data.classes)).tolist()
     classes = sorted(zip(data.classes, data.names, counts), key=lambda row: -row[2])
