@@ -269,7 +269,7 @@ def draw_classes(classes):
 
 
 def octaves(values):
-    """The powers of two around values, at least one octave apart."""
+    """The powers of two around values."""
     low = np.floor(np.log2(values.min()))
     return 2 ** low, 2 ** max(np.ceil(np.log2(values.max())), low + 1)
 
@@ -348,11 +348,11 @@ def analyse(data, args):
         found = [args.bbox_format]
     why, reading = explain(found, fit, data.bbox, size, data.kind), found[0]
     photos, (_, true_size) = open_photos(data, args.images), to_xywh(data.bbox, size, reading)
+    odd = ""
     for row, photo in photos.items():
         w, h = true_size[row]
         if photo and abs(photo.width / photo.height * h / w - 1) > 0.02:  # false without sizes
-            why += f". {data.photo(args.images, row)} has another shape than in the file"
-            break
+            odd = f"{data.photo(args.images, row)} has another shape than in the file"
     if READINGS[reading].whole and np.isnan(size).all():
         size = np.ones_like(size)  # boxes stay fractions
     box, true_size = to_xywh(data.bbox, size, reading)
@@ -372,7 +372,7 @@ def analyse(data, args):
     lines = [f"- k = {k}, mean IoU {score:.4f}: " + ", ".join(f"{w:g},{h:g}" for w, h in sides)
              for k, (sides, score) in anchors.items()]
     report = [
-        "# Annotations", summary, why, data.assumed, "![](readings.png)",
+        "# Annotations", summary, why, odd, data.assumed, "![](readings.png)",
         markdown(("bbox read as", "boxes inside their images", "largest x and y"), *fits),
         "## Fields",
         markdown(("table", "field", "example", "meaning"), *describe_fields(data, reading)),
@@ -513,7 +513,7 @@ def read_lines(text):
 
 
 def identifier(value):
-    """An id as text, as files mix 3, 3.0 and "3"; "" if it is neither."""
+    """An id as text, as files mix 3, 3.0 and "3"; or ""."""
     return str(value).removesuffix(".0") if isinstance(value, (int, float, str)) else ""
 
 
