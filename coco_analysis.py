@@ -8,7 +8,7 @@ The file is COCO JSON, or records with a `bbox`: a JSON list (detection results)
 lines like `id: 0, height: 330, width: 1093, bbox:[69, 464, 312, 175],`. The command prints
 
     bbox is [y, x, width, height]: 100.0% of the boxes lie inside their images; ...
-    - k = 3, mean IoU 0.6329: 71.2,139, 149,76.5, 158,160
+    - k = 3, mean IoU 0.6329: 71.2,138, 149,76.5, 158,160
 """
 import argparse
 import json
