@@ -258,13 +258,17 @@ def draw_readings(data, size, photos, readings, fit, reach):
 
 
 def draw_classes(classes):
-    _, names, counts = zip(*classes[:80])
-    figure, axes = plt.subplots(figsize=(6, 0.8 + 0.17 * len(names)))
-    axes.bar_label(axes.barh(range(len(names)), counts, color=BLUE), fmt=" {:,.0f}")
-    axes.set_yticks(range(len(names)), names)
-    axes.margins(x=0.15)
-    axes.set(title=f"boxes of {len(names)} of {len(classes)} classes, the most frequent first",
-             ylim=(len(names) - 0.4, -0.6))
+    shown = classes[:81]
+    columns = [shown[start:start + 27] for start in range(0, len(shown), 27)]
+    figure, panels = plt.subplots(1, len(columns), squeeze=False, sharex=True,
+                                  figsize=(2 + 2.8 * len(columns), 0.8 + 0.17 * len(columns[0])))
+    figure.suptitle(f"boxes of {len(shown)} of {len(classes)} classes, the most frequent first")
+    for axes, column in zip(panels[0], columns):
+        _, names, counts, _ = zip(*column)
+        axes.bar_label(axes.barh(range(len(counts)), counts, color=BLUE), fmt=" {:,.0f}")
+        axes.set_yticks(range(len(counts)), names)
+        axes.set_ylim(len(columns[0]) - 0.4, -0.6)
+        axes.margins(x=0.2)
     return figure
 
 
@@ -363,7 +367,8 @@ def analyse(data, args):
     anchors = find_anchors(wh, args.k)
 
     counts = np.bincount(data.label[~data.crowd], minlength=len(data.classes)).tolist()
-    classes = sorted(zip(data.classes, data.names, counts), key=lambda row: -row[2])
+    shares = [f"{count / max(sum(counts), 1):.2%}" for count in counts]
+    classes = sorted(zip(data.classes, data.names, counts, shares), key=lambda row: -row[2])
     summary = f"{data.kind}: {sum(counts):,} boxes, {len(classes)} classes"
     if data.grouped:
         summary += f", {len(data.images):,} images"
@@ -378,7 +383,7 @@ def analyse(data, args):
         markdown(("table", "field", "example", "meaning"), *describe_fields(data, reading)),
         "## Quality", *quality,
         "## Classes", "![](class_distribution.png)",
-        markdown(("id", "name", "boxes"), *classes),
+        markdown(("id", "name", "boxes", "share"), *classes),
         "## Boxes", "![](bbox_distribution.png)", "![](bbox_wh.png)",
         "## Anchors", "![](anchors.png)", f"Anchors: width,height in {unit}", *lines]
     other = "xywh" if reading != "xywh" else max(list(fit)[1:], key=fit.get)
