@@ -103,31 +103,22 @@ class Networks(unittest.TestCase):
         _, out, _ = call(model, "--stem-stride", 4, "--image-size", 224, "--num-classes", 1000)
         # torchvision's documentation: 11,689,512 parameters, 1.81 GFLOPS
         self.assertIn("ResNet18: 11,689,512 parameters, 1,814 million multiply-adds", out)
-        for name, classes, expected in (("resnet18", 200, 11_279_112),  # the assignment's
-                                        ("customresnet", 10, 4_058_122),
-                                        ("customresnet", 200, 4_106_952)):
-            parameters = sum(p.numel() for p in model.create(name, classes).parameters())
-            self.assertEqual(parameters, expected)
+        out = call(model)[1]  # with the assignment's 200 classes
+        for words in ("ResNet18: 11,279,112 parameters", "CustomResNet: 4,106,952 parameters"):
+            self.assertIn(words, out)
 
     def test_receptive_fields_are_where_the_gradient_is_not_zero(self):
         for network, layer, expected in ((model.ResNet18(10, 4), "layer4.1.bn2", 435),
                                          (model.CustomResNet(10), "layer3.pooled.2", 38)):
             self.assertEqual(model.receptive_fields(network)[layer], expected)
-            for module in network.modules():  # positive weights, so that no gradients cancel
-                if isinstance(module, torch.nn.Conv2d):
-                    torch.nn.init.constant_(module.weight, 1 / module.weight[0].numel())
-                for name, child in module.named_children():
-                    if isinstance(child, torch.nn.MaxPool2d):
-                        setattr(module, name, torch.nn.AvgPool2d(
-                            child.kernel_size, child.stride, child.padding))
             features = []
             network.get_submodule(layer).register_forward_hook(
                 lambda module, inputs, output: features.append(output))
-            image = torch.ones(1, 3, 32, 512, requires_grad=True)
-            network.eval()(image)
+            images = torch.randn(8, 3, 32, 512, requires_grad=True)
+            network.eval()(images)
             middle = features[0].shape[-1] // 2
-            gradient, = torch.autograd.grad(features[0][0, 0, 0, middle], image)
-            self.assertEqual((gradient[0, 0] != 0).any(dim=0).sum(), expected)
+            gradient, = torch.autograd.grad(features[0][..., middle].sum(), images)
+            self.assertEqual((gradient != 0).any(dim=(0, 1, 2)).sum(), expected)
 
     def test_new_networks_prefer_no_class(self):
         for name in model.MODELS:
@@ -135,7 +126,6 @@ class Networks(unittest.TestCase):
             logits = model.create(name, 200, 4)(torch.randn(32, 3, 32, 32))
             loss = F.cross_entropy(logits, torch.arange(32)).item()
             self.assertAlmostEqual(loss, np.log(200), delta=0.5, msg=name)
-
 
     def test_cuda_computes_in_half_precision(self):
         for bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
