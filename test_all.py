@@ -69,7 +69,7 @@ class Commands(unittest.TestCase):
 
 
 class InFolder(Commands):
-    """A test whose current folder is a new temporary one."""
+    """A test in a new temporary folder."""
 
     def setUp(self):
         folder = self.enterContext(tempfile.TemporaryDirectory())
