@@ -233,10 +233,13 @@ def open_photos(data, folder):
     rows = [row for row in rows if data.photo(folder, row).is_file()][:12]
     if not rows:
         raise BadInput(f"--images: there is no image such as {data.photo(folder, 0)}")
-    try:
-        return {row: ImageOps.exif_transpose(Image.open(data.photo(folder, row))) for row in rows}
-    except OSError as error:
-        raise BadInput(f"--images: {error}") from error
+    photos = {}
+    for row in rows:
+        try:
+            photos[row] = ImageOps.exif_transpose(Image.open(data.photo(folder, row)))
+        except OSError as error:
+            raise BadInput(f"--images: {data.photo(folder, row)}: {error}") from error
+    return photos
 
 
 def draw_readings(data, size, photos, readings, fit, reach):
