@@ -122,7 +122,8 @@ class Networks(unittest.TestCase):
             for training in (True, False):
                 close(ours.train(training)(images), theirs.train(training)(images), atol=1e-4)
 
-    def test_the_table_has_the_published_numbers(self):
+    @mock.patch.object(model, "receptive_fields", return_value={"": 0})  # slow; tested below
+    def test_the_table_has_the_published_numbers(self, _):
         _, out, _ = call(model, "--stem-stride", 4, "--image-size", 224, "--num-classes", 1000)
         # torchvision's documentation: 11,689,512 parameters, 1.81 GFLOPS
         self.assertIn("ResNet18: 11,689,512 parameters, 1,814 million multiply-adds", out)
@@ -496,8 +497,8 @@ class Training(Commands):
         for row in ("| a | 100.0% | c | 0.0% |", "| c | b | 2 |", "| b | a | 1 |"):
             self.assertIn(row, table)
 
-    @without_pictures
-    def test_an_interrupted_run_resumes_to_the_same_weights(self):
+    @mock.patch.object(train, "write_report")
+    def test_an_interrupted_run_resumes_to_the_same_weights(self, _):
         save = torch.save
 
         def save_or_stop(state, path):  # stops in the middle of the last checkpoint
@@ -1002,7 +1003,9 @@ class Readme(InFolder):
         self.enterContext(mock.patch.object(data, "load", lambda *_: small))
         self.enterContext(mock.patch.multiple(train, fit=mock.DEFAULT, find_lr=mock.DEFAULT,
                                               write_report=mock.DEFAULT))
-        self.enterContext(mock.patch.object(coco_analysis, "write"))
+        self.enterContext(mock.patch.object(model, "print_table"))
+        self.enterContext(mock.patch.multiple(coco_analysis, write=mock.DEFAULT,
+                                              analyse=lambda *_: {"report.md": ""}))
         commands = re.findall(r"^    python (\w+)\.py\b(.*?)(?: +#.*)?$", self.text, re.M)
         self.assertGreater(len(commands), 20)
         for script, arguments in commands:
