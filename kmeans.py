@@ -1,6 +1,6 @@
 """Anchor boxes by k-means with 1 - IoU as the distance, in pure NumPy.
 
-A detector such as YOLO predicts how to stretch k fixed shapes, the anchors. Good anchors resemble
+A detector like YOLO predicts how to stretch k fixed shapes, the anchors. Good anchors resemble
 the boxes, so we cluster their (width, height) pairs (Redmon & Farhadi 2017, "YOLO9000",
 arXiv:1612.08242). Euclidean distance would favour large boxes; 1 - IoU ignores scale.
 
