@@ -56,7 +56,7 @@ for key, fraction, percent in zip(PIXELS, FRACTIONS, PERCENTS):
     READINGS[percent] = Reading(f"{text} in percent", order, 100)
 EXCHANGED = "xywh-exchanged"  # other orders cannot be told from exchanged numbers
 READINGS[EXCHANGED] = READINGS["xywh"]._replace(
-    text="[x, y, width, height], and the images' width and height are exchanged", exchanged=True)
+    text="[x, y, width, height], images' width and height exchanged", exchanged=True)
 PIXELS.append(EXCHANGED)
 
 COCO, COCO_LIST = "COCO instances JSON", "COCO results or annotations in a list"
@@ -157,12 +157,12 @@ def explain(found, fit, bbox, size, kind):
     if (bbox[:, 2:] <= 0).any():
         why += " with an area"
     why += (" lie inside their images" if np.isfinite(size).any() else
-            " are possible, by order, signs and extent: no image size is known")
+            " fit by order, signs and extent; no image size is known")
     if fit["xywh"] < fit[best]:
         why += f"; read as [x, y, width, height], {fit['xywh']:.1%} do"
     if others:
         why += ". A tie: is it --bbox-format " + " or ".join(others[:3])
-        why += f", or one of {len(others) - 3} more?" if others[3:] else "?"
+        why += f", or {len(others) - 3} more?" if others[3:] else "?"
     elif fit[best] < 0.5:
         why += ". Boxes and image sizes do not belong together"
     return why
@@ -354,6 +354,8 @@ def analyse(data, args):
     if args.bbox_format:
         found = [args.bbox_format]
     why, reading = explain(found, fit, data.bbox, size, data.kind), found[0]
+    if args.bbox_format:
+        why = f"As asked, {why}"
     photos, (_, true_size) = open_photos(data, args.images), to_xywh(data.bbox, size, reading)
     odd = ""
     for row, photo in photos.items():
@@ -365,7 +367,7 @@ def analyse(data, args):
     box, true_size = to_xywh(data.bbox, size, reading)
     quality, good = check_quality(data, box, true_size)
     if not good.any():
-        raise BadInput(f"no usable {READINGS[reading].text}: try another --bbox-format")
+        raise BadInput("; ".join(["no box is usable", *quality]))
     wh, unit = at_input(box[good, 2:], true_size[good], args.size, args.resize)
     anchors = find_anchors(wh, args.k)
 
@@ -470,7 +472,7 @@ toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbr
 COCO_NAMES = COCO_NAMES.replace("\n", "").split(",")
 COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 
-EXPECTED = "expected COCO JSON, or a list or lines of records with a bbox; tools write COCO JSON"
+EXPECTED = "expected COCO JSON, or a list or lines of records with a bbox; tools export COCO JSON"
 
 
 class BadInput(OSError):

@@ -207,8 +207,10 @@ def folder(path):
     except OSError as error:
         raise UsageError(f"{needed} ({error.strerror or error})") from error
     names = found.classes
-    if {*names} <= {"train", "val", "valid", "validation", "test"}:
-        raise UsageError(f"{path}: holds splits, not classes: try --data-dir {path / 'train'}")
+    if all(name.lower().startswith(("train", "val", "test")) for name in names):
+        raise UsageError(f"{path}: holds splits, not classes: try --data-dir {path / names[0]}")
+    if len(names) < 2:
+        raise UsageError(f"{needed} (only {names[0]})")
     images, errors = decode([file for file, _ in found.samples])
     if errors:
         print(f"skipped {len(errors):,} of {len(images):,} pictures:", *[*errors.values()][:5],
@@ -216,9 +218,8 @@ def folder(path):
     kept = [index for index in range(len(images)) if index not in errors]
     labels = torch.tensor(found.targets)[kept]
     counts = labels.bincount(minlength=len(names))
-    if len(names) < 2 or counts.min() < 2:
-        raise UsageError(f"{needed} (classes: {len(names)}; {names[counts.argmin()]} "
-                         f"has {counts.min()})")
+    if counts.min() < 2:
+        raise UsageError(f"{needed} ({names[counts.argmin()]} has {counts.min()})")
     return Dataset(images[kept], labels, None, torch.zeros(len(kept), dtype=torch.bool), names)
 
 
@@ -379,7 +380,7 @@ def centre(images, min_crop):
     """The centre of images (N, 3, 64, 64), as large as an average crop.
 
     A network trained on crops expects objects as large as in the crops (Touvron et al. 2019,
-    arXiv:1906.06423; +2.1 points).
+    arXiv:1906.06423).
     """
     border = round(SIZE * (1 - math.sqrt((1 + min_crop) / 2)) / 2)
     return images[..., border:SIZE - border, border:SIZE - border]
@@ -516,7 +517,7 @@ def main():
     args = parser.parse_args()
     dataset = load(args.dataset, args.data_dir)
     print(f"{args.dataset}: {len(dataset.labels):,} images of {len(dataset.class_names)} classes")
-    for kind in ("70-30", "official"):
+    for kind in ("70-30", "official")[:1 + bool(dataset.official_val.any())]:
         train_indices, val_indices = split(dataset, kind)
         print(f"split {kind}: {len(train_indices):,} training images, "
               f"{len(val_indices):,} validation images")

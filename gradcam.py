@@ -102,7 +102,7 @@ def evaluate(cam, batches, resolution, target="predicted"):
     Raises UsageError for a data set without boxes.
     """
     if batches.dataset.boxes is None:
-        raise UsageError("--evaluate needs the objects' boxes, which a folder of pictures has not")
+        raise UsageError("--evaluate needs bounding boxes, which a folder of pictures lacks")
     side = batches.dataset.images.shape[-1]
     flat = torch.ones(1, side, side)
     centre = F.pad(flat[:, :2, :2], [side // 2 - 1] * 4)

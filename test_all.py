@@ -913,7 +913,7 @@ class Analysis(InFolder):
         photo.save("3.png", exif=SIDEWAYS)
         code, out, err = self.analyse(whole, "--images", ".", "--k", 1)
         self.assertEqual((code, err), (0, ""))
-        self.assertRegex(out, "width and height are exchanged: 100.0%")
+        self.assertRegex(out, "width and height exchanged: 100.0%")
         self.assertNotIn("another shape", out)
         with Image.open("out/readings.png") as picture:
             self.assertTrue((np.array(picture)[..., :3] == (0, 255, 0)).all(axis=2).any())

@@ -329,9 +329,9 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text(f"""# {args.model} on {args.dataset}
 
-**{final:.2%} validation accuracy**{top5} after {args.epochs} epochs, which took
-{took} hours. The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was chosen on
-the validation images.
+**{final:.2%} validation accuracy**{top5} after {args.epochs} epochs in
+{took} (h:mm:ss). The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was chosen
+on the validation images.
 
 On training images without augmentation the accuracy is {plain:.2%}, {100 * (plain - final):+.1f}
 points against the validation images; with augmentation {history[-1]["train_accuracy"]:.2%}.
@@ -490,7 +490,8 @@ def main():
     train_indices, val_indices = data.split(dataset, args.split, args.seed)
     if args.batch_size > len(train_indices) or not len(val_indices):
         raise UsageError(f"--batch-size {args.batch_size} --split {args.split}: there are only "
-                         f"{len(train_indices):,} training images and {len(val_indices):,} others")
+                         f"{len(train_indices):,} training images and {len(val_indices):,} others: "
+                         "choose smaller batches, or another split")
     if device.type == "cuda":
         dataset = dataset._replace(images=dataset.images.to(device))  # 1.4 GB
 
@@ -527,7 +528,7 @@ def main():
               f"continue it later: --resume {shlex.quote(folder.as_posix())}", flush=True)
         if device.type == "cpu" and args.stem_stride < 4 and args.epochs * len(batches) > 2000:
             print("This may take days on a CPU; hours with --stem-stride 4 --resolutions 32 48 64 "
-                  "--max-lr 0.1", flush=True)
+                  "--max-lr 0.1 --cutmix 0.5", flush=True)
         if not checkpoint:
             save(folder / "last.pt", learner, history, args, dataset.class_names)
     fit(learner, batches, val_batches, history, args, folder)
