@@ -351,11 +351,9 @@ def analyse(data, args):
     """The report, {file name: text or figure}."""
     size = data.size[data.image]  # (I, 2) -> (N, 2)
     found, fit, reach = find_readings(data.bbox, size, data.area, data.kind)
-    if args.bbox_format:
-        found = [args.bbox_format]
+    found = [args.bbox_format] if args.bbox_format else found
     why, reading = explain(found, fit, data.bbox, size, data.kind), found[0]
-    if args.bbox_format:
-        why = f"As asked, {why}"
+    why = f"As asked, {why}" if args.bbox_format else why
     photos, (_, true_size) = open_photos(data, args.images), to_xywh(data.bbox, size, reading)
     odd = ""
     for row, photo in photos.items():

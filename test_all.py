@@ -550,6 +550,7 @@ class Training(Commands):
         Image.open("lr.png").load()
 
     def test_what_users_get_wrong_is_one_line(self):
+        before = {path: path.read_bytes() for path in RUN.iterdir()}
         for arguments, *words in (
                 ((*FLAGS, "--batch-size", 1000), "--batch-size 1000", "40"),
                 ((*FLAGS, "--max-lr", 1e6), "loss", "--max-lr"),
@@ -563,6 +564,7 @@ class Training(Commands):
         for words in ("CUDA out of memory", "not enough memory: you tried to allocate 9 bytes"):
             with mock.patch.object(train, "fit", side_effect=RuntimeError(words)):
                 self.assertRefused(call(train, *FLAGS), "out of memory", "--batch-size")
+        self.assertEqual(before, {path: path.read_bytes() for path in RUN.iterdir()})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -750,6 +752,15 @@ class Anchors(unittest.TestCase):
         for j in range(3):
             np.testing.assert_allclose(anchors[j], boxes[nearest == j].mean(axis=0))
         self.assertEqual(anchors[3].tolist(), [1e-3, 1e-3])
+
+    def test_anchors_are_as_good_as_an_exhaustive_search(self):
+        """k = 2: all pairs of anchors on a fine grid of sizes are tried."""
+        boxes = made_boxes(25)
+        grid = np.stack(np.meshgrid(*[np.geomspace(10, 500, 60)] * 2), -1).reshape(-1, 2)
+        scores = iou(boxes, grid)  # (25, 3600)
+        best = max(np.maximum(scores[:, [i]], scores).mean(axis=0).max() for i in range(len(grid)))
+        for seed in range(3):
+            self.assertGreater(kmeans(boxes, 2, seed)[1], best)
 
     def test_no_anchor_can_be_improved_and_seeds_agree(self):
         rng = np.random.default_rng(0)
@@ -1007,7 +1018,7 @@ class Readme(InFolder):
         self.enterContext(mock.patch.multiple(coco_analysis, write=mock.DEFAULT,
                                               analyse=lambda *_: {"report.md": ""}))
         commands = re.findall(r"^    python (\w+)\.py\b(.*?)(?: +#.*)?$", self.text, re.M)
-        self.assertGreater(len(commands), 15)
+        self.assertGreater(len(commands), 19)
         for script, arguments in commands:
             if script != "test_all":
                 code, _, err = call(sys.modules[script], *shlex.split(arguments))
