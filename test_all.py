@@ -723,19 +723,20 @@ def made_boxes(n=500):
 
 
 def made_coco(images=20, boxes=200):
-    """A COCO file as a dictionary, keys in COCO's own order, with polygons and a crowd."""
+    """A COCO file as a dictionary, with polygons, and without a fault."""
     rng = np.random.default_rng(0)
     sizes = rng.uniform(20, (300, 200), (boxes, 2))
     corners = rng.uniform(0, (640, 480) - sizes)
-    annotations = [{"segmentation": [[x, y, x + w, y], [1.5, 2]], "iscrowd": 0,
-                    "image_id": 100 + i % images, "bbox": [x, y, w, h], "category_id": 1 + i % 3,
-                    "id": i}
+    corners[:2] = (0, 0), (640, 480) - sizes[1]  # others than [x, y, width, height] leave
+    annotations = [{"segmentation": [[x, y, x + w, y, x, y + h]], "area": w * h / 2, "iscrowd": 0,
+                    "image_id": 100 + i % images, "bbox": [x, y, w, h], "id": i,
+                    "category_id": (18, 18, 18, 3, 3, 7)[i % 6]}
                    for i, (x, y, w, h) in enumerate(np.hstack([corners, sizes]).round(2).tolist())]
-    annotations[0] |= {"segmentation": {"counts": [1, 2], "size": [480, 640]}, "iscrowd": 1}
     return {"annotations": annotations,
             "images": [{"id": 100 + i, "width": 640, "height": 480, "file_name": f"{i}.png"}
                        for i in range(images)],
-            "categories": [{"id": 1 + c, "name": f"class {c}"} for c in range(3)]}
+            "categories": [{"id": 3, "name": "yak"}, {"id": 7, "name": "bee"},
+                           {"id": 18, "name": "$a|b\n狗"}]}
 
 
 class Anchors(unittest.TestCase):
@@ -813,163 +814,314 @@ without_figures = mock.patch.multiple(coco_analysis, **dict.fromkeys(
 
 class Analysis(InFolder):
 
+    def setUp(self):
+        super().setUp()
+        self.write_files = self.enterContext(
+            mock.patch.object(coco_analysis, "write", wraps=coco_analysis.write))
+        self.savefig = self.enterContext(mock.patch.object(
+            plt.Figure, "savefig", autospec=True, side_effect=lambda _, path: path.touch()))
+
     def write(self, content):
         text = content if isinstance(content, str) else json.dumps(content)
         Path("file.json").write_bytes(text.encode())
         return "file.json"
 
     def analyse(self, content, *options):
-        return call(coco_analysis, self.write(content), "--out", "out", *options)
+        return call(coco_analysis, self.write(content), "--k", 1, *options)
+
+    def lines(self, content, *options):
+        code, out, err = self.analyse(content, *options)
+        self.assertEqual((code, err), (0, ""))
+        return out.split("\n")
+
+    def figure(self, name):
+        return self.write_files.call_args[0][0][name]
 
     def test_every_layout_of_a_file_is_read(self):
-        whole = made_coco(boxes=40)
+        whole = made_coco(boxes=1200)  # more than the outlines that are kept
         kept = whole["annotations"]
         lines = list(map(json.dumps, kept))
         for content in (json.dumps(whole, indent=2), json.dumps(whole, sort_keys=True),
                         "\ufeff" + json.dumps(whole), kept, "\n".join(lines),
-                        "\r\n\n".join(line + "," for line in lines)):
-            data = coco_analysis.Annotations(self.write(content))
-            np.testing.assert_array_equal(data.bbox, [a["bbox"] for a in kept])
-            self.assertEqual(data.crowd.tolist(), [a["iscrowd"] == 1 for a in kept])
-            for ids, rows, key in ((data.classes, data.label, "category_id"),
-                                   (data.images, data.image, "image_id")):
-                self.assertEqual([ids[row] for row in rows], [str(a[key]) for a in kept])
-        data = coco_analysis.Annotations(self.write(kept[1]))
-        self.assertEqual(data.bbox.tolist(), [kept[1]["bbox"]])
+                        "\r\n\n".join(line + "," for line in lines), kept[0]):
+            expected = kept[:1] if content is kept[0] else kept
+            _, tables, _, boxes, unusable, _ = coco_analysis.load(self.write(content))
+            self.assertFalse(unusable)
+            self.assertEqual([(box.bbox, box.label, box.image) for box in boxes],
+                             [(a["bbox"], str(a["category_id"]), str(a["image_id"]))
+                              for a in expected])
 
-    def test_every_order_and_unit_is_recognised(self):
-        """In COCO JSON and in other lists; where sizes are unknown, at least named."""
-        rng, unknown = np.random.default_rng(0), np.full(2000, np.nan)
+    def test_every_order_is_recognised_or_named(self):
+        rng = np.random.default_rng(0)
         size = rng.integers(200, 1200, (2000, 2)).astype(float)
         wh = size * rng.uniform(0.02, 0.7, (2000, 2))
         corner = rng.uniform(0, 1, (2000, 2)) * (size - wh)
-        for unit, whole in (("-percent", size / 100), ("-fraction", size), ("", 1)):
-            (x, y), (w, h) = (corner / whole).T, (wh / whole).T
+        for fractions in False, True:
+            (x, y), (w, h) = [(side / size if fractions else side).T for side in (corner, wh)]
             written = {"xywh": (x, y, w, h), "yxwh": (y, x, w, h), "xyxy": (x, y, x + w, y + h),
-                       "yxyx": (y, x, y + h, x + w), "cxcywh": (x + w / 2, y + h / 2, w, h)}
+                       "yxyx": (y, x, y + h, x + w), "cxcywh": (x + w / 2, y + h / 2, w, h),
+                       "yxhw": (y, x, h, w)}
             for order, numbers in written.items():
-                bbox, first = np.stack(numbers, 1), order
-                if unit and order == "yxyx":
-                    first = "xyxy"  # a tie
-                for kind in coco_analysis.COCO, coco_analysis.LIST:
-                    found, fit, _ = coco_analysis.find_readings(bbox, size, unknown, kind)
-                    self.assertEqual((found[0], fit[order + unit]), (first + unit, 1))
-                    self.assertIn(order + unit, found[:2])
-                    found, *_ = coco_analysis.find_readings(bbox, size * np.nan, unknown, kind)
-                    self.assertIn(order + unit, found[:4])
+                bbox = np.stack(numbers, 1)
+                self.assertEqual(coco_analysis.are_fractions(bbox), fractions)
+                expected = {"yxhw": "exchanged yxhw"}.get(order, order)
+                if fractions:  # x and y are alike
+                    expected = {"yxyx": "xyxy yxyx", "xyxy": "xyxy yxyx", "yxhw": "xywh"}.get(
+                        order, order)
+                found, fit = coco_analysis.find_readings(bbox, size, fractions)
+                self.assertEqual(" ".join(found), expected)
+                self.assertEqual(fit[order], 1)
+                if not fractions and order != "yxhw":
+                    found, _ = coco_analysis.find_readings(bbox, size * np.nan, False)
+                    self.assertEqual(found[0], "xywh")
+                    self.assertIn(order, found)
+                    self.assertLess(len(found), 4)
 
-    def test_no_reading_is_certain_where_the_numbers_allow_another(self):
-        rng = np.random.default_rng(1)
-        size = np.tile([1600.0, 900.0], (60, 1))
-        wh = size * rng.uniform(0.05, 0.3, (60, 2))
-        xy, unknown, records = rng.uniform(0, size - wh), size * np.nan, coco_analysis.LIST
-        boxes, corners, area = np.hstack([xy, wh]), np.hstack([xy, xy + wh]), wh.prod(axis=1)
-        fractions, gone = boxes / np.tile(size, 2), rng.random(60) < 0.3
-        leaving = fractions.copy()
-        leaving[gone, 0], leaving[0, 2] = -0.1, 1.3
-        leaving_corners = np.hstack([leaving[:, :2], leaving[:, :2] + leaving[:, 2:]])
+    @without_figures
+    def test_the_sentence_says_what_the_numbers_allow(self):
+        line = "id: 0, height: {1}, width: {0}, bbox:{2},\n"
+        inside = ": 100.0% of the boxes lie inside their images"
+        corners, xy = [[30, 10, 40, 60], [10, 20, 70, 50]], "[x, y, width, height]"
+        for size, boxes, options, sentence in (
+                ((300, 200), [[90, 200, 95, 110], [80, 250, 40, 60]], (),
+                 f"bbox is [y, x, width, height]{inside}; read as {xy}, 0.0% do"),
+                ((300, 200), [[0, 0, 300, 200]] * 9 + [[0, 0, 301, 202]], (),
+                 f"bbox is {xy}: 90.0% of the boxes lie inside their images"
+                 ". A tie: is it --bbox-format xyxy (90.0%) or yxwh (90.0%)?"),
+                ((300, 200), [[0, 0, 200, 300], [100, 150, 90, 140]], (),
+                 f"bbox is {xy}, images' width and height exchanged{inside}; read as {xy}, 0.0% do"
+                 ". A tie: is it --bbox-format yxhw (100.0%)?"),
+                ((200, 200), [[0, 0, 200, 1], [150, 0, 50, 100]], (), f"bbox is {xy}{inside}"),
+                ((101, 101), [[80, 1, 20, 100]], (), f"bbox is {xy}{inside}. They may be percent: "
+                 "no number exceeds 100"),
+                ((0, 0), [[300, 0, 100, 20], [0, 5, 9, 9]], (),
+                 f"bbox is {xy}: 100.0% of the boxes fit by signs and extent; no image size is "
+                 "known. A tie: is it --bbox-format yxwh (100.0%)?"),
+                ((0, 0), [[300, 0, 100, 20], [0, 5, 9, 9]] * 10, (),
+                 f"bbox is {xy}: 100.0% of the boxes fit by signs and extent; no image size is "
+                 "known"),
+                ((0, 0), [[0.1, 0.2, 0.9, 0.5]], (),
+                 f"bbox is {xy} as fractions{inside}. A tie: is it --bbox-format xyxy (100.0%) or "
+                 "yxyx (100.0%)?"),
+                ((300, 200), corners, ("--bbox-format", "xyxy"),
+                 f"As asked, bbox is [x1, y1, x2, y2]{inside}. They may be percent: no number "
+                 "exceeds 100")):
+            text = "".join(line.format(*size, box) for box in boxes)
+            with self.subTest(sentence):
+                self.assertEqual(self.lines(text, *options)[1], sentence)
 
-        def check(expected, bbox, size=size, area=np.nan, kind=coco_analysis.COCO):
-            area = np.broadcast_to(area, len(bbox))
-            found = coco_analysis.find_readings(bbox, size[:len(bbox)], area, kind)[0]
-            self.assertEqual(" ".join(found[:4]), expected)
+    @without_figures
+    def test_faults_are_counted_and_placed(self):
+        def edit(change):
+            whole = made_coco(boxes=24)
+            change(whole["annotations"], whole)
+            return [line for line in self.lines(whole) if line.startswith("- ")][:-1]
 
-        toy = np.array([[14.0, 30, 44, 52]])
-        check("xywh xywh-exchanged yxwh", toy, area=44 * 52)
-        check("xywh xywh-percent yxwh-percent xywh-exchanged", toy)
-        check("xywh xywh-exchanged yxwh", fractions * 70)
-        check("xywh xywh-percent yxwh-percent yxwh", np.array([[1.0, 2, 97, 96]]), kind=records)
-        check("xywh", fractions * 99, 0 * size + 99)
-        check("xywh-percent", fractions * 100, size / 25)
-        check("xywh", boxes * 3)
-        check("xywh-exchanged", boxes, size[:, ::-1], area)
-        check("xywh-exchanged", boxes, size[:, ::-1], kind=records)
-        check("xywh-fraction", leaving)
-        check("xywh xywh-percent xywh-exchanged yxwh", leaving * 100)
-        check("xywh-percent", leaving * 100, area=area)
-        check("xywh", boxes * ~gone[:, None])
-        check("xywh", rng.permutation(boxes))
-        check("xyxy", corners, area=corners[:, 2:].prod(axis=1))
-        check("xywh-fraction", fractions, area=fractions[:, 2:].prod(axis=1))
-        check("xywh-fraction", np.array([[0.1, 0.6, 0.5, 0.2]]), unknown)
-        check("xyxy-fraction yxyx-fraction", leaving_corners)
-        check("yxwh", boxes[:, [1, 0, 2, 3]], unknown, kind=records)
-        check("xywh xyxy yxyx", corners, unknown, kind=coco_analysis.COCO_LIST)
+        crowd = "in COCO a group of objects (1% of its boxes), in CVAT's files any mask"
+        for change, fault in (
+                (lambda a, _: None, "no fault found"),
+                (lambda a, _: a[20].update(id=20.0, iscrowd=1),
+                 f"1 with iscrowd = 1: {crowd}: a20"),
+                (lambda a, _: [r.update(id=5) for r in a[5:]],
+                 "18 annotations without an id of their own: a6, a7, a8"),
+                (lambda a, _: a[4].pop("id"), "1 annotations without an id of their own: a4"),
+                (lambda a, _: a[4].pop("area"), "1 annotations without numbers as bbox, area and "
+                 "iscrowd: a4"),
+                (lambda a, _: a[5].update(bbox=[str(side) for side in a[5]["bbox"]]),
+                 "1 annotations without numbers as bbox, area and iscrowd: a5"),
+                (lambda a, _: a[4].update(image_id="104"),
+                 '1 annotations whose image_id is not in images ("1" is not 1): a4'),
+                (lambda a, _: a[23].update(category_id=4),
+                 '1 annotations whose category_id is not in categories ("1" is not 1): a23'),
+                (lambda a, _: a[4].update(category_id=None), "1 unusable (left out): a4 (class"),
+                (lambda a, _: a[4].update(bbox="1234"), "1 unusable (left out): a4 (class"),
+                (lambda a, _: a[4].update(bbox=[0.1, 0.2, 0.5, 0.5]),
+                 "1 narrower or lower than a pixel (left out): a4"),
+                (lambda a, _: a[4].update(bbox=[-9, 9, 640, 9]), "1 not inside their image: a4"),
+                (lambda a, whole: whole["images"][4].update(width=3, height=1),
+                 "1 larger than their image, the first of 3 x 1 (left out): a4"),
+                (lambda a, whole: whole["images"][4].update(width=None),
+                 "1 in images of unknown size (left out): a4"),
+                (lambda a, _: a.append(a[4] | {"id": 900}),
+                 "1 repeat an earlier box, class and image (left out): a24"),
+                (lambda a, whole: whole["images"].extend([{"id": 7}, {"id": 8}]),
+                 "2 images without boxes: images[20], images[21]"),
+                (lambda a, whole: whole["images"].append({"id": 104}),
+                 "1 images without an id of their own: images[20]")):
+            found = [re.sub(r"annotations\[(\d+)\]", r"a\1", line) for line in edit(change)]
+            self.assertTrue(any(line.startswith("- " + fault) for line in found), (fault, found))
+            self.assertEqual("- no fault found" in found, fault == "no fault found")
+        self.assertIn("- 1 byte order mark, where pycocotools stops: byte 0",
+                      self.lines("\ufeff" + json.dumps(made_coco())))
 
     def test_the_report_counts_what_is_there(self):
         whole = made_coco()
-        _, one, two, three, *_ = kept = whole["annotations"]
-        kept += [dict(one, id=900), dict(two, image_id=999), dict(three, bbox=[1, 2, 0, 4]),
-                 dict(one, category_id=None), dict(one, bbox=[float("nan")] * 4)]
-        whole["categories"] += [{"id": "7", "name": "$a|b\n狗"}, {"id": 2, "name": "class 1"}]
-        code, out, err = self.analyse(whole)
-        self.assertEqual((code, err), (0, ""))
-        for line in ("202 boxes, 4 classes, 21 images",
-                     "2 unusable (left out): annotations[203] (class None, bbox [",
-                     "1 without area (left out): annotations[202]", "1 crowds",
-                     "1 repeat an earlier box", "1 refer to missing images: annotations[201]",
-                     "1 ids of categories occur twice: 2"):
-            self.assertIn(line, out)
-        report = Path("out/report.md").read_text(encoding="utf-8")
-        for row in ("| 2 | class 1 | 68 |", "| 7 | \\$a\\|b 狗 | 0 |",
-                    "| images | width | 640 | of the image, in pixels |"):
+        boxes = whole["annotations"]
+        boxes[9]["category_id"] = 3.0
+        del boxes[0]["segmentation"]
+        out = self.lines(whole, "--k", 2, 3)
+        counts = [sum(a["category_id"] == id for a in boxes) for id in (18, 3, 7)]
+        self.assertEqual(out[0], "COCO instances JSON: 200 boxes, 3 classes, 20 images")
+        report = Path("analysis/file/report.md").read_text(encoding="utf-8").split("\n")
+        polygon = str(boxes[1]["segmentation"])[:60].replace("[", "\\[").replace("]", "\\]")
+        for row in (f"| 18 | \\$a\\|b 狗 | {counts[0]} | {counts[0] / 2:.2f}% |",
+                    f"| 3 | yak | {counts[1]} | {counts[1] / 2:.2f}% |",
+                    f"| annotations | segmentation | 199 | {polygon} | "
+                    "outline: polygons \\[x, y, x, y, ...\\], or run lengths |",
+                    "| annotations | category\\_id | 200 | 18 | the class |",
+                    "| images | width | 20 | 640 | of the image, in pixels |",
+                    "| \\[x, y, width, height\\] | 100.00% |"):
             self.assertIn(row, report)
-        wh = np.array([a["bbox"][2:] for a in kept[1:200]]) * 416 / [640, 480]
-        rows = re.findall(r"k = \d, mean IoU (\S+): (.+)", out)
-        self.assertEqual(len(rows), 4)
-        for score, sides in rows:
+        self.assertEqual([line[3:] for line in report if line.startswith("## ")],
+                         ["Fields", "Quality", "Classes", "Boxes", "Anchors"])
+        wh = np.array([a["bbox"][2:] for a in boxes]) * 416 / [640, 480]
+        rows = re.findall(r"- k = (\d), mean IoU (\S+): (.+)", "\n".join(out))
+        self.assertEqual([row[0] for row in rows], ["2", "3"])
+        for _, score, sides in rows:
             anchors = np.array(re.findall(r"[\d.]+", sides), float).reshape(-1, 2)
             self.assertAlmostEqual(iou(wh, anchors).max(axis=1).mean(), float(score), places=4)
 
+    @without_figures
     def test_classes_are_found_and_names_assumed_only_for_cocos_ids(self):
         record = "id: {}, height: 330, width: 1093, bbox:[69, 464, 312, 175],\n"
-        for ids, name in ((range(80), "person"), (coco_analysis.COCO_IDS, "person"),
-                          (range(2), "id 0"), (range(81), "id 0")):
-            data = coco_analysis.Annotations(self.write("".join(map(record.format, [*ids, *ids]))))
-            self.assertEqual((data.names[0], len(data.classes)), (name, len(ids)))
+        gaps = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+        ids = [id for id in range(1, 91) if id not in gaps]
+        for ids, rows in ((range(80), {"0": "person", "79": "toothbrush"}),
+                          (ids, {"1": "person", "13": "stop sign", "90": "toothbrush"}),
+                          (range(2), {"0": "id 0"}), (range(81), {"0": "id 0"})):
+            out = self.lines("".join(map(record.format, [*ids, *ids])))
+            self.assertEqual("Class names are assumed: the ids are those of COCO." in out,
+                             len(ids) == 80)
+            report = Path("analysis/file/report.md").read_text()
+            for id, name in rows.items():
+                self.assertIn(f"| {id} | {name} | 2 | {1 / len(ids):.2%} |", report)
         for field, value, name in (("category", "fox", "fox"), ("category_id", 7, "id 7"),
                                    ("source", "fox", "object")):
-            records = [{"id": i, "image_id": 1, "bbox": [1, 2, 3, 4], field: value} for i in (7, 8)]
-            data = coco_analysis.Annotations(self.write(records))
-            self.assertEqual(data.names, [name])
+            records = [{"id": i, "image_id": 1, "bbox": [1, 2, 3, i], field: value} for i in (7, 8)]
+            self.lines(records)
+            self.assertIn(f" | {name} | 2 | 100.00% |", Path("analysis/file/report.md").read_text())
 
-    def test_letterboxed_images_keep_their_shape(self):
-        wh, size = np.array([[[320.0, 120.0]], [[640.0, 480.0]]])
-        found, _ = coco_analysis.at_input(wh, size, 416, "letterbox")
-        self.assertEqual(found.tolist(), [[208, 78]])
+    @without_figures
+    def test_anchors_are_of_the_boxes_at_the_input_and_never_larger(self):
+        whole = made_coco(boxes=3)
+        for box in whole["annotations"]:
+            box["bbox"] = [0, 0, 640.4, 120]
+        for options, unit, sides in (
+                ((), "pixels at 416 x 416, stretch", "416,104"),
+                (("--size", 1337), "pixels at 1337 x 1337, stretch", "1337,334"),
+                (("--resize", "letterbox"), "pixels at 416 x 416, letterbox", "416,78")):
+            out = self.lines(whole, *options)
+            self.assertIn(f"Anchors: width,height in {unit}", out)
+            self.assertRegex(out[-3], rf"^- k = 1, mean IoU \S+: {sides}$")
+        out = self.lines(whole["annotations"])
+        self.assertIn("Anchors: width,height in pixels of the images, whose sizes are unknown", out)
+        self.assertEqual(out[-3], "- k = 1, mean IoU 0.9994: 640,120")
 
-    def test_boxes_are_drawn_on_photographs_also_if_sizes_were_exchanged(self):
+    def test_pictures_show_the_boxes_classes_and_anchors(self):
+        whole = made_coco(boxes=60, images=5)
+        self.lines(whole, "--bbox-format", "xyxy", "--k", 2, 3)
+        boxes = whole["annotations"]
+        halves = self.figure("readings.png").subfigs
+        for half, title, last in zip(halves, ("[x, y, width, height]: 100.0%",
+                                              "[x1, y1, x2, y2]: "), (True, False)):
+            self.assertTrue(half.get_suptitle().startswith("bbox read as " + title))
+            shown = [axes for axes in half.axes if axes.patches]
+            self.assertEqual(len(shown), 5)
+            for axes in shown:
+                patch, = axes.patches
+                drawn = [*patch.get_xy(), patch.get_width(), patch.get_height()]
+                if not last:
+                    drawn[2:] = drawn[0] + drawn[2], drawn[1] + drawn[3]
+                box, = [a for a in boxes if np.allclose(a["bbox"], drawn)]
+                self.assertEqual(axes.get_title(), {18: "$a|b 狗", 3: "yak", 7: "bee"}[
+                    box["category_id"]])
+                self.assertEqual(axes.images[0].get_extent(), [0, 640, 480, 0])
+                self.assertEqual(plt.matplotlib.colors.to_hex(patch.get_edgecolor()) ==
+                                 coco_analysis.BLUE, last or patch.get_width() > 0 and
+                                 patch.get_height() > 0)
+        axes, = self.figure("class_distribution.png").axes
+        self.assertEqual([label.get_text() for label in axes.get_yticklabels()],
+                         ["$a|b 狗", "yak", "bee"])
+        self.assertEqual([bar.get_width() for bar in axes.patches], [30, 20, 10])
+        self.assertTrue(axes.yaxis_inverted())  # the most frequent on top
+        self.assertEqual([text.get_text() for text in axes.texts], [" 30", " 20", " 10"])
+        self.lines(whole, "--k", 2, 3)
+        counts = self.figure("bbox_distribution.png").axes[0].collections[0].get_array()
+        x, y, w, h = np.array([a["bbox"] for a in boxes]).T
+        expected, *_ = np.histogram2d((y + h / 2) / 480, (x + w / 2) / 640, 25, [[0, 1]] * 2)
+        np.testing.assert_array_equal(counts.filled(0), expected)
+        wh = np.stack([w * 416 / 640, h * 416 / 480], 1)
+        axes, = self.figure("bbox_wh.png").axes
+        self.assertEqual((axes.get_xlabel(), axes.get_ylabel()), ("width", "height"))
+        points, crosses = [scatter.get_offsets() for scatter in axes.collections]
+        np.testing.assert_allclose(sorted(points.tolist()), sorted(wh.tolist()))
+        for k, axes in zip((2, 3), self.figure("anchors.png").axes):
+            sides = [(patch.get_width(), patch.get_height()) for patch in axes.patches]
+            score = iou(wh, np.array(sides)).max(axis=1).mean()
+            self.assertEqual(axes.get_title(), f"k = {k}, mean IoU {score:.4f}")
+            self.assertEqual([text.get_text() for text in axes.get_legend().texts],
+                             [f"{w:g} x {h:g}" for w, h in sides])
+        np.testing.assert_allclose(crosses, sides)
+
+    def test_photographs_are_drawn_on_and_decide_which_sizes_are_right(self):
         whole, photo = made_coco(), Image.new("RGB", (480, 640), "lime")
-        for image in whole["images"]:
-            image |= {"width": 480, "height": 640}
-        photo.save("3.png", exif=SIDEWAYS)
-        code, out, err = self.analyse(whole, "--images", ".", "--k", 1)
-        self.assertEqual((code, err), (0, ""))
-        self.assertRegex(out, "width and height exchanged: 100.0%")
-        self.assertNotIn("another shape", out)
-        with Image.open("out/readings.png") as picture:
-            self.assertTrue((np.array(picture)[..., :3] == (0, 255, 0)).all(axis=2).any())
-        photo.save("3.png")
-        self.assertIn("3.png has another shape than in the file",
-                      self.analyse(whole, "--images", ".", "--k", 1)[1])
-        self.assertRefused(self.analyse(whole, "--images", "nowhere", "--k", 1), "--images")
+        for box in whole["annotations"]:
+            x, y, w, h = box["bbox"]
+            box["bbox"] = [y, x, h, w]
+        for options, exif, reading, other in (
+                ((), None, "exchanged", " A tie: is it --bbox-format yxhw (100.0%)?"),
+                (("--images", "."), SIDEWAYS, "yxhw", ""),
+                (("--images", "."), None, "exchanged", "")):
+            photo.save("3.png", exif=exif)
+            out = self.lines(whole, *options)
+            self.assertIn(f"bbox is {coco_analysis.READINGS[reading][0]}: 100.0%", out[1])
+            self.assertEqual("A tie" in out[1], bool(other))
+            self.assertTrue(out[1].endswith(other))
+            self.assertNotIn("on disk", "".join(out))
+        axes = self.figure("readings.png").subfigs[1].axes[0]
+        self.assertEqual(axes.images[0].get_array()[0, 0].tolist(), [0, 255, 0])
+        self.assertEqual(axes.images[0].get_extent(), [0, 480, 640, 0])
+        photo.resize((320, 240)).save("3.png")
+        self.assertIn("- 1 photographs of another size: 3.png (320x240 on disk, 640x480 in the "
+                      "file)", self.lines(whole, "--images", "."))
+        Path("3.png").write_bytes(b"damaged")
+        self.assertRefused(self.analyse(whole, "--images", "."), "3.png")
+        self.assertRefused(self.analyse(whole, "--images", "nowhere"), "--images", "nowhere")
 
     def test_bad_files_get_one_line_and_no_report(self):
         good = json.dumps(made_coco(images=3, boxes=6))
         bad = {"": "no annotations", "hello": "line 1, 'hello': expected COCO JSON",
-               '{"a": 1}': "expected COCO", '{"a": 1}\n{"a": ': "line 2",
-               '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]': "annotations[0]",
+               '{"a": 1}': "no bbox, only a", '{"bbox": 1}\n\n{"a": ': "line 3", "5": "expected",
+               '[{"image_id": 1, "bbox": [1, 2]}]': "annotations[0] (class object, bbox [1, 2])",
                '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 0, 0]}]': "no box has an area",
-               good + "x": f"line 1 column {len(good) + 1}",
+               '[{"image_id": 1, "bbox": [0, 0, 9, 0]}]': "no box is usable; - 1 narrower",
+               good.replace('"bbox"', '"box"'): "annotations have no bbox, only area, box,",
+               good + "x": f"line 1 column {len(good) + 1}", good + "\n" + good:
+               f"line 2 column 1 (char {len(good) + 1}): correct it there (are these two files?), "
+               "or export or download the file again",
                good.replace("}]", "},\n]"): "line 2 column 1"}
-        bad |= {good[:cut]: "line 1 column" for cut in range(1, len(good), 7)}
+        bad |= {good[:cut]: "line 1 column" for cut in range(20, len(good), 70)}
         for content, message in bad.items():
             self.assertRefused(self.analyse(content), "file.json", message)
+        Path("file.json").write_bytes(good.encode("utf-16"))
+        for path in "file.json", ".":
+            self.assertRefused(call(coco_analysis, path), path, "not a text file in UTF-8")
         self.assertRefused(call(coco_analysis, "nothing.json"), "nothing.json")
-        with mock.patch.object(plt.Figure, "savefig", side_effect=OSError(28, "No space left")):
-            self.assertRefused(self.analyse(good, "--k", 1), "out: No space left")
+        self.savefig.side_effect = OSError(28, "No space left")
+        self.assertRefused(self.analyse(good, "--out", "out"), "out: No space left")
         self.assertRefused(call(coco_analysis, "file.json", "--out", "file.json"), "file.json")
         self.assertEqual(sorted(Path().rglob("*")), [Path("file.json"), Path("out")])
+
+    @without_figures
+    def test_files_of_one_name_get_two_reports(self):
+        for folder, boxes, out in (("train", 7, "file"), ("valid", 8, "valid-file"),
+                                   ("train", 9, "file")):
+            Path(folder).mkdir(exist_ok=True)
+            shutil.move(self.write(made_coco(boxes=boxes)), f"{folder}/file.json")
+            printed = call(coco_analysis, f"{folder}/file.json", "--k", 1)[1]
+            self.assertIn(f"report: {Path('analysis', out, 'report.md')}", printed)
+        for out, boxes in ("file", 9), ("valid-file", 8):
+            self.assertIn(f"{boxes} boxes", Path("analysis", out, "report.md").read_text("utf-8"))
 
     def test_the_command_works_from_a_shell_without_torch(self):
         self.write(made_coco())
@@ -978,7 +1130,7 @@ class Analysis(InFolder):
                               capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         report = Path("analysis/file/report.md")
-        for picture in re.findall(r"!\[\]\((.+)\)", report.read_text()):
+        for picture in re.findall(r"!\[\]\((.+)\)", report.read_text("utf-8")):
             Image.open(report.with_name(picture)).load()
 
 
