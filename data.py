@@ -8,6 +8,8 @@
 prints the numbers of images and classes and the size of each split, and writes samples.png.
 """
 import argparse
+import hashlib
+import io
 import json
 import math
 import os
@@ -26,44 +28,61 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Image.MAX_IMAGE_PIXELS = None              # telephones take photographs of 200 megapixels
+plt.rcParams["text.parse_math"] = False    # class names may contain a $
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 FOLDER = "tiny-imagenet-200"
 CACHE = "tiny-imagenet-200.v3.pt"     # a new number whenever its content changes
-SIZE = 64                             # every image has SIZE x SIZE pixels
+SIZE = 64                             # Tiny ImageNet's images have SIZE x SIZE pixels
 MEAN, STD = 0.44, 0.28                # of Tiny ImageNet's pixels in [0, 1], all channels alike
 
 
 class UsageError(Exception):
-    """An error that the user can correct; the message names the file, the place and the cure."""
+    """An error that the user can correct; the message says where it is and how to fix it."""
 
 
 class Dataset(NamedTuple):
-    images: torch.Tensor        # (N, 3, 64, 64) uint8
+    images: torch.Tensor        # (N, 3, size, size) uint8; size is 64, or more for a folder
     labels: torch.Tensor        # (N,) int64, 0 ... number of classes - 1
     boxes: torch.Tensor         # (N, 4) int64: x0, y0, x1, y1 in pixels; x1 and y1 are exclusive;
                                 # None for a folder of pictures
-    official_val: torch.Tensor  # (N,) bool: belongs to the official validation set
+    official_val: torch.Tensor  # (N,) bool: belongs to the given validation set
     class_names: list           # label -> name, "goldfish"
+    digest: str = ""            # of the files of a folder, in order
+    notes: str = ""             # what was found in a folder, and what was left out
 
 
-def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None):
+def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None, size=SIZE):
     """Returns a Dataset, of the first `classes` classes only if that is given. Raises UsageError.
 
-    "shapes" is drawn from seed, "folder" is data_dir itself, "tiny-imagenet" is in data_dir, and
-    downloaded if missing.
+    "shapes" is drawn from seed, "folder" is data_dir itself, read as size x size pixels,
+    "tiny-imagenet" is in data_dir, and downloaded if missing.
     """
     if name == "shapes":
         dataset = shapes(seed)
+    elif name == "folder":
+        dataset = folder(Path(data_dir), size)
     else:
-        dataset = (folder if name == "folder" else tiny_imagenet)(Path(data_dir))
+        dataset = tiny_imagenet(Path(data_dir))
     if classes is None:
         return dataset
     kept = dataset.labels < classes
     columns = (None if column is None else column[kept] for column in dataset[:4])
-    return Dataset(*columns, dataset.class_names[:classes])
+    return Dataset(*columns, dataset.class_names[:classes], *dataset[5:])
+
+
+def require_same(dataset, checkpoint, data_dir):
+    """Raises UsageError if a run had other data: its validation images would be others, too."""
+    if dataset.class_names != checkpoint["classes"]:
+        raise UsageError(f"{data_dir}: has other classes than the run: name its data with "
+                         "--data-dir")
+    if dataset.digest != checkpoint["digest"]:
+        raise UsageError(f"{data_dir}: the pictures are not those of the run, so some for "
+                         "validation were trained on: restore them, or start a new run")
 
 
 def split(dataset, kind="70-30", seed=0):
@@ -71,8 +90,9 @@ def split(dataset, kind="70-30", seed=0):
 
     "70-30" draws 70 % of each class (385 of its 550 images) with seed: the assignment's split,
     stratified. "official" is the data set's own, 100,000 and 10,000 images, which papers report.
+    A folder with validation pictures is always split as given.
     """
-    if kind == "official":
+    if kind == "official" or dataset.digest and dataset.official_val.any():
         return torch.where(~dataset.official_val)[0], torch.where(dataset.official_val)[0]
     generator = torch.Generator().manual_seed(seed)
     train_indices, val_indices = [], []
@@ -109,7 +129,7 @@ def tiny_imagenet(data_dir):
             folder = zipfile.Path(archive) / FOLDER
         class_names, rows = list_images(folder)
         files, labels, boxes, official_val = zip(*rows)
-        images, errors = decode(files)
+        images, _, errors = decode(files)
         for error in errors.values():
             raise error
     except Exception as error:  # damaged and incomplete files raise a dozen types
@@ -158,69 +178,121 @@ def list_images(folder):
     return class_names, rows
 
 
-def decode(files):
-    """Returns images (N, 3, 64, 64) uint8, and {index: OSError} of files that cannot be read."""
+def decode(files, size=SIZE):
+    """Reads files, pathlib.Path or zipfile.Path. Returns images (N, 3, size, size) uint8, digests
+    [N] of their bytes, and {index: OSError} of files that cannot be read.
+    """
     def read(index):
         try:
-            images[index] = read_picture(files[index])
-        except OSError as error:
-            errors[index] = error
+            content = files[index].read_bytes()
+            digests[index] = hashlib.sha256(content).hexdigest()
+            images[index] = read_picture(io.BytesIO(content), size)
+        except Exception as error:  # Pillow raises a dozen types
+            reason = getattr(error, "strerror", None) or error
+            if isinstance(error, UnidentifiedImageError):
+                reason = "not a picture that Pillow reads"
+            errors[index] = OSError(f"{files[index]}: {reason}")
 
-    images, errors = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8), {}
-    progress = Progress()
+    images, errors = torch.empty(len(files), 3, size, size, dtype=torch.uint8), {}
+    digests, progress = [""] * len(files), Progress()
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
         for index, _ in enumerate(pool.map(read, range(len(files)))):
             progress.show(f"decoded {index:,} of {len(files):,} images")
-    return images, errors
+    return images, digests, errors
 
 
-def read_picture(path):
-    """Reads the central square of a picture of any size, as (3, 64, 64) uint8. Raises OSError.
+def read_picture(file, size=SIZE):
+    """Reads the central square of a picture of any size: a path or binary file -> (3, size, size)
+    uint8. Raises what Pillow raises.
 
     Transparent pixels become white; greys of 16 or 32 bits are scaled to their own range.
     """
-    try:
-        with Image.open(path.open("rb") if isinstance(path, zipfile.Path) else path) as picture:
-            picture.draft("RGB", (2 * SIZE, 2 * SIZE))  # decodes fewer pixels of a large JPEG
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode[0] in "IF":
-                grey = np.array(picture, np.float32)
-                grey = (grey - grey.min()) * 255 / (np.ptp(grey) or 1)
-                picture = Image.fromarray(grey.astype(np.uint8))
-            if picture.has_transparency_data:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
-            picture = ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
-            return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    except Exception as error:  # Pillow raises a dozen types
-        raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    with Image.open(file) as picture:
+        picture.draft("RGB", (2 * size, 2 * size))  # decodes fewer pixels of a large JPEG
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode[0] in "IF":
+            grey = np.array(picture, np.float32)
+            grey = (grey - grey.min()) * 255 / (np.ptp(grey) or 1)
+            picture = Image.fromarray(grey.astype(np.uint8))
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def folder(path):
-    """Returns the Dataset of a folder with a folder for each class. Skips pictures that cannot be
-    read. Raises UsageError.
+# --------------------------------------------------------------------------------------------------
+# Your own photographs
+
+SPLITS = {"train"}, {"val", "valid", "validation"}, {"test"}  # names of folders
+
+
+def list_folder(path):
+    """Returns a row for each file that is not hidden: path, class, is it for validation?
+
+    The folder has a folder for each class, or train/ and perhaps val/ that have them.
     """
-    from torchvision.datasets import ImageFolder
+    parts = [file.relative_to(path).parts for file in sorted(path.glob("**/*")) if file.is_file()]
+    parts = [names for names in parts if len(names) > 1 and not any(
+        name.startswith(".") or name == "__MACOSX" for name in names)]
+    tops = {names[0] for names in parts}
+    train, val, test = ({top for top in tops if top.lower() in split} for split in SPLITS)
+    nested = [names for names in parts if len(names) > 2]
+    if (val or test or tops == train) and any(names[0] in train for names in nested):
+        return [(path.joinpath(*names), names[1], names[0] in val)
+                for names in nested if names[0] in train | val]
+    if len(tops) == 1 and nested:
+        raise UsageError(f"{path}: has one folder only: try --data-dir {path.joinpath(*tops)}")
+    return [(path.joinpath(*names), names[0], False) for names in parts]
+
+
+def folder(path, size=SIZE):
+    """Returns the Dataset of a folder of photographs. Raises UsageError.
+
+    Of equal files one counts, for validation if possible; none if they are in several classes.
+    """
+    rows = sorted(list_folder(path), key=lambda row: not row[2])  # validation first
+    files, classes, is_val = zip(*rows) if rows else ((), (), ())
+    names = sorted(set(classes))
     needed = f"{path}: needs a folder for each of several classes, each with several pictures"
-    try:
-        found = ImageFolder(path)
-    except OSError as error:
-        raise UsageError(f"{needed} ({error.strerror or error})") from error
-    names = found.classes
-    if all(name.lower().startswith(("train", "val", "test")) for name in names):
-        raise UsageError(f"{path}: holds splits, not classes: try --data-dir {path / names[0]}")
     if len(names) < 2:
-        raise UsageError(f"{needed} (only {names[0]})")
-    images, errors = decode([file for file, _ in found.samples])
-    if errors:
-        print(f"skipped {len(errors):,} of {len(images):,} pictures:", *[*errors.values()][:5],
-              sep="\n", file=sys.stderr)
-    kept = [index for index in range(len(images)) if index not in errors]
-    labels = torch.tensor(found.targets)[kept]
-    counts = labels.bincount(minlength=len(names))
-    if counts.min() < 2:
-        raise UsageError(f"{needed} ({names[counts.argmin()]} has {counts.min()})")
-    return Dataset(images[kept], labels, None, torch.zeros(len(kept), dtype=torch.bool), names)
+        raise UsageError(f"{needed} (found: {', '.join(names) or 'none'})")
+    images, digests, errors = decode(files, size)
+    classes_of, kept, left_out = {}, {}, {}
+    for digest, name in zip(digests, classes):
+        classes_of.setdefault(digest, set()).add(name)
+    for index, (file, digest) in enumerate(zip(files, digests)):
+        if index in errors:
+            is_picture = Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
+            reason = "damaged" if is_picture else f"{file.suffix} files"
+        elif len(classes_of[digest]) > 1:
+            reason = "in several classes"
+        elif kept.setdefault(digest, index) != index:
+            reason = "copies"
+        else:
+            continue
+        left_out.setdefault(reason, []).append(str(errors.get(index, file)))
+    left_out = [f"left out, {reason}: {len(files):,} ({', '.join(files[:5])})"
+                for reason, files in left_out.items()]
+
+    indices = list(kept.values())
+    labels = torch.tensor([names.index(classes[index]) for index in indices])
+    official_val = torch.tensor([is_val[index] for index in indices])
+    given = bool(official_val.any())
+    for part in [labels[official_val], labels[~official_val]] if given else [labels]:
+        counts = part.bincount(minlength=len(names))
+        if counts.min() < 2 - given:
+            needed += f"{', in train/ as in val/' * given} ({names[counts.argmin()]} has "
+            raise UsageError("; ".join([f"{needed}{counts.min()})", *left_out]))
+    counts = labels.bincount()
+    found = (f"{path}: {len(labels):,} pictures of {len(names)} classes, {counts.min():,} to "
+             f"{counts.max():,} of each, median {counts.median():,}; ")
+    found += (f"{official_val.sum():,} are given for validation" if given else
+              "split 70/30, as there is no val/")
+    digest = hashlib.sha256(repr([*kept, labels.tolist(), official_val.tolist()]).encode())
+    names = [os.fsencode(name).decode(errors="replace") for name in names]  # of old archives
+    return Dataset(images[indices], labels, None, official_val, names, digest.hexdigest(),
+                   "\n- ".join([found, *left_out]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,7 +364,7 @@ class Batches:
     indices: torch.Tensor   # (N,) int64
     batch_size: int         # of all processes together
     device: torch.device
-    augment: bool = False   # shuffle, crop, flip, mix; leave out what does not fill a batch
+    augment: bool = False   # shuffle, crop, flip, mix; drop the last incomplete batch
     min_crop: float = 1.0   # smallest area of a crop, a fraction
     cutmix: float = 0.0     # fraction of the images that get a patch of another
     seed: int = 0
@@ -304,9 +376,9 @@ class Batches:
         return math.floor(count) if self.augment else math.ceil(count)
 
     def epoch(self, epoch, resolution):
-        """Yields images (B, 3, resolution, resolution) float32 and labels (B,) int64. If augmented,
-        also the labels (B,) of the images that the patches come from, and the fraction (B,) that is
-        not patched; else the indices (B,) of the images.
+        """Yields images (B, 3, resolution, resolution) float32, labels (B,) int64, the labels
+        (B,) of the images that patches come from, the fraction (B,) of each image that is not
+        patched, and the indices (B,) of the images.
         """
         dataset, order = self.dataset, self.indices
         if self.augment:
@@ -316,16 +388,18 @@ class Batches:
             uniform = torch.rand(len(order), 9, generator=generator).to(self.device)
         order = order[:len(self) * self.batch_size]
         labels = dataset.labels[order].to(self.device)
-        order = order.to(dataset.images.device)
+        places = order.to(dataset.images.device)
         for start in range(0, len(order), self.batch_size):
             part = slice(start + self.rank, start + self.batch_size, self.world_size)
-            images = dataset.images[order[part]].to(self.device)            # uint8
+            images = dataset.images[places[part]].to(self.device)           # uint8
+            others, own = labels[part], torch.ones(len(images), device=self.device)
             if self.augment:
                 theta = random_crops(uniform[part, :5], self.min_crop)
                 images = prepare(images, resolution, theta)
-                yield cut_mix(images, labels[part], uniform[part, 5:], self.cutmix)
+                images, others, own = cut_mix(images, others, uniform[part, 5:], self.cutmix)
             else:
-                yield prepare(images, resolution), labels[part], self.indices[part]
+                images = prepare(images, resolution)
+            yield images, labels[part], others, own, order[part]
 
 
 def prepare(images, resolution, theta=None):
@@ -333,7 +407,8 @@ def prepare(images, resolution, theta=None):
 
     theta (N, 2, 3) maps positions of the output to positions of the image, both in [-1, 1]: one
     matrix crops, flips and resizes at once (Jaderberg et al. 2015, "Spatial Transformer Networks",
-    arXiv:1506.02025). The default is the whole image.
+    arXiv:1506.02025). The default is the whole image. Each output pixel is one sample: averaging
+    several (antialiasing) did not improve accuracy.
     """
     count = len(images)
     if not count:  # of several processes' last batch
@@ -364,8 +439,9 @@ def random_crops(uniform, min_area):
 def cut_mix(images, labels, uniform, probability):
     """CutMix (Yun et al. 2019, arXiv:1905.04899): pastes a patch of another image into some images.
 
-    images (N, 3, H, W); labels (N,); uniform (N, 4): random numbers in [0, 1]. Returns images,
-    labels, the other images' labels (N,), and the fraction (N,) of each image that is its own.
+    images (N, 3, H, W); labels (N,); uniform (N, 4): random numbers in [0, 1]. The other image of
+    the first is the last of the batch, and so on. Returns images, the other images' labels (N,),
+    and the fraction (N,) of each image that is its own.
     """
     size = uniform[:, 2].sqrt() * (uniform[:, 3] < probability)         # the area is uniform
     pixel = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
@@ -373,24 +449,25 @@ def cut_mix(images, labels, uniform, probability):
                      for axis in (0, 1))                                # (N, H) and (N, W)
     mask = (rows[:, :, None] & columns[:, None, :])[:, None]            # (N, 1, H, W)
     own = 1 - mask.float().mean((1, 2, 3))
-    return torch.where(mask, images.flip(0), images), labels, labels.flip(0), own
+    return torch.where(mask, images.flip(0), images), labels.flip(0), own
 
 
 def centre(images, min_crop):
-    """The centre of images (N, 3, 64, 64), as large as an average crop.
+    """The centre of images (N, 3, S, S), as large as an average crop.
 
     A network trained on crops expects objects as large as in the crops (Touvron et al. 2019,
     arXiv:1906.06423).
     """
-    border = round(SIZE * (1 - math.sqrt((1 + min_crop) / 2)) / 2)
-    return images[..., border:SIZE - border, border:SIZE - border]
+    side = images.shape[-1]
+    border = round(side * (1 - math.sqrt((1 + min_crop) / 2)) / 2)
+    return images[..., border:side - border, border:side - border]
 
 
 def validation_view(dataset, min_crop):
     """The dataset with the centres of its images, and boxes in their pixels."""
     images, boxes = centre(dataset.images, min_crop), dataset.boxes
     if boxes is not None:
-        boxes = boxes - (SIZE - images.shape[-1]) // 2
+        boxes = boxes - (dataset.images.shape[-1] - images.shape[-1]) // 2
     return dataset._replace(images=images, boxes=boxes)
 
 
@@ -516,8 +593,9 @@ def main():
     parser.add_argument("--export-coco", metavar="FILE", help="write the boxes as a COCO file")
     args = parser.parse_args()
     dataset = load(args.dataset, args.data_dir)
-    print(f"{args.dataset}: {len(dataset.labels):,} images of {len(dataset.class_names)} classes")
-    for kind in ("70-30", "official")[:1 + bool(dataset.official_val.any())]:
+    print(dataset.notes or f"{args.dataset}: {len(dataset.labels):,} images of "
+          f"{len(dataset.class_names)} classes")
+    for kind in ("70-30", "official") if not dataset.notes else ():
         train_indices, val_indices = split(dataset, kind)
         print(f"split {kind}: {len(train_indices):,} training images, "
               f"{len(val_indices):,} validation images")

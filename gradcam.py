@@ -2,18 +2,19 @@
 
     python gradcam.py runs/shapes-resnet18                     # misclassified validation images
     python gradcam.py runs/shapes-resnet18 --target actual     # what supported the right class?
-    python gradcam.py runs/tiny-imagenet-resnet18 cat.jpg      # your own pictures, of any size
+    python gradcam.py runs/tiny-imagenet-resnet18 *.jpg        # your own pictures, of any size
     python gradcam.py runs/tiny-imagenet-resnet18 --evaluate   # are the maps on the objects?
 
 The first two write gradcam-predicted.png and gradcam-actual.png into the run's folder, the third
-prints the five most probable classes and writes pictures.png, the last prints a table with a row
-per layer.
+prints the five most probable classes of each picture and draws the first ten in pictures.png, the
+last prints a table with a row per layer.
 
 Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) asks how much the score of a class would grow if
 a feature map were stronger. That gradient, averaged over positions, is the weight of the map. The
 weighted sum of all maps of a layer, where it is positive, shows what supports the class.
 """
 import argparse
+import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -105,9 +106,9 @@ def evaluate(cam, batches, resolution, target="predicted"):
         raise UsageError("--evaluate needs bounding boxes, which a folder of pictures lacks")
     side = batches.dataset.images.shape[-1]
     flat = torch.ones(1, side, side)
-    centre = F.pad(flat[:, :2, :2], [side // 2 - 1] * 4)
+    centre = F.pad(flat[:, :2, :2], [side // 2 - 1] * 4)  # ones on the central four pixels
     scores, correct, progress = [], [], data.Progress()
-    for images, labels, indices in batches.epoch(0, resolution):
+    for images, labels, *_, indices in batches.epoch(0, resolution):
         maps = cam(images, labels if target == "actual" else None, (side, side))
         maps |= {"a flat map": flat, "a point at the centre": centre}
         boxes = batches.dataset.boxes[indices]
@@ -164,7 +165,7 @@ def draw_misclassified(cam, batches, resolution, path, target="predicted", count
     """Draws misclassified images (correct ones if there are no others), with maps."""
     dataset, names, wrong = batches.dataset, batches.dataset.class_names, []
     batches = replace(batches, indices=data.shuffled(batches.indices))
-    for images, labels, indices in batches.epoch(0, resolution):
+    for images, labels, *_, indices in batches.epoch(0, resolution):
         with torch.no_grad():
             predicted = model.forward(cam.network.eval(), images, cam.dtype).argmax(1)
         wrong += indices[(predicted != labels).cpu()].tolist()
@@ -172,7 +173,7 @@ def draw_misclassified(cam, batches, resolution, path, target="predicted", count
             break
     chosen = torch.tensor(wrong or batches.indices.tolist())[:count]
     batches = replace(batches, indices=chosen, batch_size=count)
-    images, labels, indices = next(batches.epoch(0, resolution))
+    images, labels, *_, indices = next(batches.epoch(0, resolution))
     pixels = dataset.images[indices]
     maps = cam(images, labels if target == "actual" else None, pixels.shape[2:])
     titles = [wrap(f"predicted: {names[guess]}", f"actual: {names[label]}")
@@ -184,18 +185,26 @@ def draw_misclassified(cam, batches, resolution, path, target="predicted", count
     draw(pixels.cpu(), maps, titles, heading, path, boxes)
 
 
-def draw_pictures(cam, files, class_names, resolution, min_crop, device, path):
-    """Prints the five most probable classes of each picture; draws the maps of the first."""
-    images, titles = torch.stack([data.read_picture(file) for file in files]), []
-    images = data.centre(images, min_crop)
-    maps = cam(data.prepare(images.to(device), resolution), size=images.shape[2:])
-    for file, probabilities in zip(files, cam.logits.softmax(1)):
-        best, labels = (part.tolist() for part in probabilities.topk(min(5, len(class_names))))
-        print(file)
-        for probability, label in zip(best, labels):
-            print(f"{probability:9.1%}  {class_names[label]}")
-        titles.append(wrap(Path(file).name, f"{class_names[labels[0]]}: {best[0]:.0%}"))
-    draw(images, maps, titles, "Grad-CAM of the predicted class", path)
+def draw_pictures(cam, files, checkpoint, device, path):
+    """Prints the five most probable classes of each picture; draws the maps of the first ten."""
+    names, config = checkpoint["classes"], checkpoint["config"]
+    images, _, errors = data.decode(files, checkpoint["size"])
+    for error in errors.values():
+        print(f"skipped {error}", file=sys.stderr)
+    kept = [index for index in range(len(files)) if index not in errors]
+    if not kept:
+        raise UsageError("none of the pictures can be read: choose others")
+    images, drawn, titles = data.centre(images[kept], config["min_crop"]), {}, []
+    for part in images.split(10):
+        maps = cam(data.prepare(part.to(device), config["resolutions"][-1]), size=part.shape[2:])
+        drawn = drawn or maps
+        for probabilities in cam.logits.softmax(1):
+            best, labels = (part.tolist() for part in probabilities.topk(min(5, len(names))))
+            file = files[kept[len(titles)]]
+            print(file, *(f"{probability:9.1%}  {names[label]}"
+                          for probability, label in zip(best, labels)), sep="\n")
+            titles.append(wrap(file.name, f"{names[labels[0]]}: {best[0]:.0%}"))
+    draw(images[:10], drawn, titles, "Grad-CAM of the predicted class", path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,13 +215,16 @@ def main():
     parser = argparse.ArgumentParser(description="Shows which part of an image supports a class.")
     add = parser.add_argument
     add("run", type=Path, help="folder of a run of train.py, or one of its checkpoints")
-    add("pictures", nargs="*", help="your own pictures instead of validation images")
+    add("pictures", nargs="*", type=Path, help="your own instead of validation images")
     add("--evaluate", action="store_true", help="measure the maps against the objects' boxes")
     add("--target", choices=("predicted", "actual"), default="predicted", help="predicted")
     add("--data-dir", help="folder of the data set: where the run found it")
     add("--device", default="auto", help="cuda, mps or cpu: a GPU if there is one")
     add("--out", type=Path, help="the picture: a file in the run's folder")
     args = parser.parse_intermixed_args()  # flags may stand between pictures
+    if args.pictures and (args.evaluate or args.target == "actual"):
+        raise UsageError("--evaluate and --target actual need the images' classes, which are not "
+                         "known of your own pictures: leave out the flags, or the pictures")
 
     file = args.run if args.run.is_file() else args.run / "last.pt"
     checkpoint = model.load_checkpoint(file)
@@ -222,18 +234,16 @@ def main():
     cam = GradCAM(model.restore(checkpoint, device), dtype=dtype)
     if args.pictures:
         out = args.out or file.parent / "pictures.png"
-        draw_pictures(cam, args.pictures, checkpoint["classes"], resolution, config["min_crop"],
-                      device, out)
+        draw_pictures(cam, args.pictures, checkpoint, device, out)
         print(f"wrote {out}")
         return
     data_dir = Path(args.data_dir or config["data_dir"])
     if config["dataset"] == "tiny-imagenet" and not any(
             list(data_dir.glob(pattern)) for pattern in (f"{data.FOLDER}*", "wnids.txt")):
         raise UsageError(f"{data_dir}: no {data.FOLDER} in this folder: name it with --data-dir")
-    dataset = data.load(config["dataset"], data_dir, config["seed"], config["classes"])
-    if dataset.class_names != checkpoint["classes"]:
-        raise UsageError(f"{data_dir}: has other classes than the run: name its data with "
-                         "--data-dir")
+    dataset = data.load(config["dataset"], data_dir, config["seed"], config["classes"],
+                        checkpoint["size"])
+    data.require_same(dataset, checkpoint, data_dir)
     _, indices = data.split(dataset, config["split"], config["seed"])
     dataset = data.validation_view(dataset, config["min_crop"])
     batches = data.Batches(dataset, indices, 128, device)

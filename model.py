@@ -8,8 +8,10 @@ ends with `ResNet18: 11,279,112 parameters, 2,253 million multiply-adds ...`.
 """
 import argparse
 import copy
-import math
+import os
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -150,13 +152,13 @@ def forward(network, images, dtype=torch.float32):
 # Devices and checkpoints
 
 
-def choose_device(name="auto", index=0):
+def choose_device(name="auto"):
     """Returns a torch.device; "auto" is the GPU, if there is one. Raises UsageError."""
     if name == "auto":
         gpu = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator() if gpu else "cpu"
     if str(name) == "cuda":
-        name = f"cuda:{index}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by torchrun
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -175,17 +177,43 @@ def choose_dtype(precision, device):
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def load_checkpoint(path):
-    """Reads a checkpoint of train.py: a dict. Never runs code from the file. Raises UsageError."""
+def read(path):
+    """Reads a dict that torch.save wrote into a file, or into last.pt in a run's folder. Never runs
+    code from the file. Raises UsageError.
+    """
+    path = Path(path, "last.pt") if Path(path).is_dir() else path
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["config"]  # foreign files have none
-        return checkpoint
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         reason = "no such file"
     except Exception:  # torch.load raises a dozen types for damaged and foreign files
-        reason = "damaged, or not a checkpoint of train.py"
-    raise UsageError(f"{path}: {reason}: choose another checkpoint, or train again")
+        reason = "damaged, or not written by train.py"
+    raise UsageError(f"{path}: {reason}: choose another file, or train again")
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint of train.py. Raises UsageError."""
+    checkpoint = {"digest": "", "size": 64} | read(path)  # which older runs lack
+    if "config" not in checkpoint:
+        raise UsageError(f"{path}: not a checkpoint of train.py: choose another file")
+    return checkpoint
+
+
+def load_weights(network, path, class_names):
+    """Copies the weights of a run's folder, a checkpoint or a state_dict into the network: of all
+    layers, or of all but the last if the classes are not the same. Returns that in words.
+
+    Raises UsageError if another layer is missing or has another shape.
+    """
+    source, own = read(path), network.state_dict()
+    last = [] if source.get("classes") == class_names else list(own)[-2:]  # weight and bias
+    try:
+        network.load_state_dict(source.get("model", source) | {name: own[name] for name in last})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise UsageError(f"--weights {path}: {reason}: choose weights of the same network"
+                         ) from error
+    return f"the weights of {path}, all layers" + bool(last) * " but the last"
 
 
 def restore(checkpoint, device="cpu"):
@@ -211,37 +239,32 @@ def place(network, device):
 
 @torch.no_grad()
 def observe(network, images):
-    """Runs a copy of the network. Returns {layer's name: (layer, output)} in order of use."""
+    """Runs a copy of the network. Returns {name: (layer, input, output)} in order of use."""
     network, seen = copy.deepcopy(network).eval(), {}
     for name, layer in network.named_modules():
         if not list(layer.children()) and not isinstance(layer, (nn.ReLU, nn.Identity)):
-            layer.register_forward_hook(
-                lambda layer, _, output, name=name: seen.update({name: (layer, output)}))
+            layer.register_forward_hook(lambda layer, inputs, output, name=name:
+                                        seen.update({name: (layer, inputs[0], output)}))
     network(images)
     return seen
 
 
-def receptive_fields(network, width=128):
-    """Returns {layer's name: side in pixels}, without the layers that see the whole image.
+def receptive_fields(layers):
+    """layers of observe -> {layer's name: side in pixels}, up to the global average pool.
 
-    A position of an output is NaN if and only if it sees a pixel that is NaN. Each of 32 images has
-    one NaN column, one pixel further right than in the image before. Positions are `jump` pixels
-    apart, a power of two up to 32, so each distance between a position and the NaN column occurs
-    32 / jump times: field = number of NaN columns of the outputs * jump / 32. Of parallel paths the
-    longest decides (Araujo et al., https://distill.pub/2019/computing-receptive-fields).
+    Neighbours of a layer's input are `jump` pixels apart, so a kernel adds (kernel - 1) * jump. Of
+    parallel paths the longest counts (Araujo et al.,
+    https://distill.pub/2019/computing-receptive-fields).
     """
-    images = torch.zeros(32, 3, 22, width)
-    for i in range(32):
-        images[i, :, :, width // 2 + i] = math.nan
-    fields = {}
-    for name, (_, output) in observe(network, images).items():
-        if output[0, 0].numel() == 1:  # after the global average pool
-            continue
-        columns = output.isnan().any(dim=(1, 2))  # (32, columns) bool
-        if columns[:, [0, -1]].any():  # the image is too narrow
-            return receptive_fields(network, 2 * width)
-        jump = 2 ** round(math.log2(width / columns.shape[1]))
-        fields[name] = int(columns.sum()) * jump // 32
+    fields, ends = {}, {}  # ends: id of a tensor -> (field, jump)
+    for name, (layer, image, output) in layers.items():
+        if isinstance(layer, nn.AdaptiveAvgPool2d):
+            break
+        # a sum of paths is the output of no layer, and contains all layers before
+        field, jump = ends.setdefault(id(image), max(ends.values(), default=(1, 1)))
+        kernel, stride = (int(np.max(getattr(layer, key, 1))) for key in ("kernel_size", "stride"))
+        fields[name] = field + (kernel - 1) * jump
+        ends[id(output)] = fields[name], jump * stride
     return fields
 
 
@@ -250,11 +273,11 @@ def print_table(network, image_size):
     def parameters(module):
         return sum(p.numel() for p in module.parameters())
 
-    fields, total, title = receptive_fields(network), 0, type(network).__name__
+    layers = observe(network, torch.zeros(1, 3, image_size, image_size))
+    fields, total, title = receptive_fields(layers), 0, type(network).__name__
     print(f"{title} on {image_size}x{image_size} images\n\n{'layer':24}{'output shape':>16}"
           f"{'parameters':>14}{'receptive field':>18}{'multiply-adds':>16}")
-    layers = observe(network, torch.zeros(1, 3, image_size, image_size))
-    for name, (layer, output) in layers.items():
+    for name, (layer, _, output) in layers.items():
         multiply_adds = 0
         if isinstance(layer, (nn.Conv2d, nn.Linear)):  # an output value uses its channel's weights
             multiply_adds = output.numel() * layer.weight[0].numel()

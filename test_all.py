@@ -12,6 +12,7 @@ import hashlib
 import http.server
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -63,7 +64,7 @@ class Commands(unittest.TestCase):
     def assertRefused(self, result, *words):
         """Exit code 2 and one line on stderr, with all the words."""
         code, _, err = result
-        lines = [line for line in err.splitlines() if ".py" in line]  # the rest is progress
+        lines = [line for line in err.splitlines() if ".py: " in line]  # the rest is progress
         self.assertEqual((code, len(lines)), (2, 1), err)
         for word in words:
             self.assertIn(str(word), lines[0])
@@ -97,7 +98,7 @@ def save_checkpoint(path, **flags):
     config = {"dataset": "shapes", "data_dir": "data", "split": "70-30", "model": "resnet18",
               "stem_stride": 4, "resolutions": [32, 16], "min_crop": 0.35, "classes": None,
               "seed": 0, "precision": "fp32"}
-    torch.save({"config": config | flags, "model": resnet().state_dict(),
+    torch.save({"config": config | flags, "model": resnet().state_dict(), "digest": "", "size": 64,
                 "classes": list(data.SHAPES)}, path)
 
 
@@ -122,19 +123,21 @@ class Networks(unittest.TestCase):
             for training in (True, False):
                 close(ours.train(training)(images), theirs.train(training)(images), atol=1e-4)
 
-    @mock.patch.object(model, "receptive_fields", return_value={"": 0})  # slow; tested below
-    def test_the_table_has_the_published_numbers(self, _):
+    def test_the_table_has_the_published_numbers(self):
         _, out, _ = call(model, "--stem-stride", 4, "--image-size", 224, "--num-classes", 1000)
         # torchvision's documentation: 11,689,512 parameters, 1.81 GFLOPS
         self.assertIn("ResNet18: 11,689,512 parameters, 1,814 million multiply-adds", out)
         out = call(model)[1]  # with the assignment's 200 classes
-        for words in ("ResNet18: 11,279,112 parameters", "CustomResNet: 4,106,952 parameters"):
+        for words in ("ResNet18: 11,279,112 parameters", "CustomResNet: 4,106,952 parameters",
+                      "receptive field 38 before the global average pool",
+                      f"{'layer1.pooled.1':24}{'128 x 31 x 31':>16}{0:14}{8:18}{0:16}"):
             self.assertIn(words, out)
 
     def test_receptive_fields_are_where_the_gradient_is_not_zero(self):
         for network, layer, expected in ((model.ResNet18(10, 4), "layer4.1.bn2", 435),
                                          (model.CustomResNet(10), "layer3.pooled.2", 38)):
-            self.assertEqual(model.receptive_fields(network)[layer], expected)
+            layers = model.observe(network, torch.zeros(1, 3, 64, 64))
+            self.assertEqual(model.receptive_fields(layers)[layer], expected)
             features = []
             network.get_submodule(layer).register_forward_hook(
                 lambda module, inputs, output: features.append(output))
@@ -172,6 +175,32 @@ class Checkpoints(InFolder):
                 model.load_checkpoint(f"{name}.pt")
         self.assertFalse(Path("executed").exists())
 
+    def test_weights_of_a_run_and_of_torchvision_start_a_network(self):
+        save_checkpoint("last.pt")
+        imagenet = torchvision.models.resnet18(num_classes=1000).state_dict()
+        torch.save(imagenet, "imagenet.pt")
+        images = pictures()
+        for path, classes, theirs, words in (
+                (".", list(data.SHAPES), resnet().state_dict(), "of ., all layers"),
+                ("last.pt", list("abcdefghij"), resnet().state_dict(), "all layers but the last"),
+                ("imagenet.pt", list("abc"), imagenet, "imagenet.pt, all layers but the last")):
+            network = model.create("resnet18", len(classes), 4)
+            own, weights = network.fc.weight.clone(), dict(theirs)
+            self.assertRegex(model.load_weights(network, path, classes), f"{words}$")
+            if "but" in words:
+                self.assertTrue(network.fc.weight.equal(own))
+                weights |= {"fc.weight": own, "fc.bias": network.fc.bias}
+            close(network.state_dict(), weights)
+        torch.save(torchvision.models.resnet34().state_dict(), "resnet34.pt")
+        mixed = torchvision.models.resnet18().state_dict()
+        torch.save(mixed | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, "3x3.pt")
+        torch.save({name: mixed[name] for name in list(mixed)[1:]}, "part.pt")
+        for path, words in (("resnet34.pt", "Unexpected .*layer1.2"),
+                            ("part.pt", "Missing .*conv1"),
+                            ("3x3.pt", "size mismatch for conv1.weight")):
+            with self.assertRaisesRegex(data.UsageError, f"--weights {path}: {words}"):
+                model.load_weights(model.create("resnet18", 3), path, [])
+
 
 class Schedule(unittest.TestCase):
 
@@ -197,19 +226,21 @@ class Schedule(unittest.TestCase):
 # --------------------------------------------------------------------------------------------------
 # Data
 
-WORDS = {"n03": "ice lolly, lollipop", "n01": "German shepherd", "n02": "crane, bird",
-         "n04": "mast, pole"}
-COLOURS = torch.tensor([(200, 60, 60), (60, 200, 60), (60, 60, 200), (190, 190, 40)])
+WORDS = {"n3": "crane, bird", "n1": "mast, pole", "n2": "German shepherd", "n4": "ice lolly, lolly",
+         "n6": "bee", "n5": "alp", "n7": "cliff, drop"}
+NAMES = ["mast", "German shepherd", "crane", "ice lolly", "alp", "bee", "cliff"]  # in order of wnid
+COLOURS = torch.tensor([(200, 60, 60), (60, 200, 60), (60, 60, 200), (190, 190, 40), (40, 40, 40),
+                        (90, 210, 210), (170, 90, 170)])
 
 
-def write_tree(folder, train_images=10, val_images=4):
-    """A Tiny ImageNet of four classes, each of one colour."""
+def write_tree(folder, train_images=7, val_images=3):
+    """A Tiny ImageNet of seven classes, each of one colour; every image has a box of its own."""
     rng, annotations = np.random.default_rng(0), ""
 
     def write(path, number):
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = COLOURS[number].numpy() + rng.integers(-20, 20, (64, 64, 1))
-        Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+        pixels = COLOURS[number].numpy() + rng.integers(-40, 40, (64, 64, 1))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=95)
 
     for number, wnid in enumerate(WORDS):
         boxes, part = "", folder / "train" / wnid
@@ -219,11 +250,38 @@ def write_tree(folder, train_images=10, val_images=4):
         (part / f"{wnid}_boxes.txt").write_text(boxes)
         for i in range(val_images):
             write(folder / f"val/images/val_{number}_{i}.JPEG", number)
-            annotations += f"val_{number}_{i}.JPEG\t{wnid}\t0\t0\t63\t63\n"
+            annotations += f"val_{number}_{i}.JPEG\t{wnid}\t0\t0\t63\t{40 + i}\n"
     (folder / "val/val_annotations.txt").write_text(annotations)
     (folder / "wnids.txt").write_text("\n".join(WORDS))
-    words = {**WORDS, "n09": "not one of the classes"}
+    words = {**WORDS, "n9": "not one of the classes"}
     (folder / "words.txt").write_text("\n".join(map("\t".join, words.items())))
+
+
+def find(dataset, image):
+    """The index of an image (H, W, 3) in a data set."""
+    index, = (dataset.images == torch.tensor(np.array(image)).permute(2, 0, 1)).all(
+        dim=(1, 2, 3)).nonzero().flatten().tolist()
+    return index
+
+
+def frame(axis):
+    """x0, y0, x1, y1 of the box in a picture; the first pixel's centre is at (0, 0)."""
+    box, = axis.patches
+    return [side + 0.5 for side in (*box.get_xy(), box.get_x() + box.get_width(),
+                                    box.get_y() + box.get_height())]
+
+
+@contextlib.contextmanager
+def drawn_figures(save=lambda figure, path: plt.close(figure)):
+    """Yields {file name: figure} of the pictures that would be written meanwhile."""
+    figures = {}
+
+    def keep(figure, path):
+        figures[Path(path).name] = figure
+        save(figure, path)
+
+    with mock.patch.object(data, "save_figure", keep):
+        yield figures
 
 
 class TinyImageNet(InFolder):
@@ -235,13 +293,13 @@ class TinyImageNet(InFolder):
 
     def test_labels_carry_the_right_names(self):
         dataset, words = data.load(), list(WORDS.values())
-        self.assertEqual(dataset.class_names, ["German shepherd", "crane", "ice lolly", "mast"])
+        self.assertEqual(dataset.class_names, NAMES)
         for image, label, box, is_val in zip(*dataset[:4]):
             number = (image.float().mean((1, 2)) - COLOURS).abs().sum(1).argmin()
-            self.assertIn(dataset.class_names[label], words[number])
+            self.assertEqual(dataset.class_names[label], words[number].split(",")[0])
             self.assertEqual(box.tolist()[::2], [0, 64] if is_val else [number, 21])
-        self.assertEqual((len(dataset.labels), dataset.official_val.sum()), (56, 16))
-        with Image.open(self.tree / "train/n01/images/n01_0.JPEG") as image:
+        self.assertEqual((len(dataset.labels), dataset.official_val.sum()), (70, 21))
+        with Image.open(self.tree / "train/n1/images/n1_0.JPEG") as image:
             close(dataset.images[0], TF.pil_to_tensor(image), atol=0)
         two = data.load(classes=2)
         self.assertEqual(two.class_names, dataset.class_names[:2])
@@ -268,8 +326,18 @@ class TinyImageNet(InFolder):
             one.touch()
             other.touch()
 
+    def test_progress_is_a_line_each_minute_in_a_file(self):
+        with (contextlib.redirect_stderr(io.StringIO()) as err,
+              mock.patch.object(data.time, "monotonic", side_effect=lambda: now)):
+            now = 0
+            shown, quiet = data.Progress(), data.Progress(quiet=True)
+            for now in range(0, 200, 10):
+                shown.show(f"after {now} s")
+                quiet.show("never")
+        self.assertEqual(err.getvalue(), f"{'after 70 s':79}\n{'after 140 s':79}\n")
+
     def test_an_incomplete_folder_is_named(self):
-        jpeg = self.tree / "train/n02/images/n02_0.JPEG"
+        jpeg = self.tree / "train/n2/images/n2_0.JPEG"
         for path, content in ((jpeg, jpeg.read_bytes()[:500]), (jpeg, None),
                               (self.tree / "wnids.txt", None)):
             good = path.read_bytes()
@@ -277,14 +345,30 @@ class TinyImageNet(InFolder):
             self.assertRefused(call(data), self.tree, path.name, "start again")
             path.write_bytes(good)
 
-    def test_the_command_draws_samples_and_exports_boxes(self):
-        self.assertEqual(call(data, "--export-coco", "boxes.json")[0], 0)
-        with Image.open("samples.png") as picture:
-            self.assertEqual(picture.size, (800, 4 * 192))  # a row for each class
+    def test_the_command_describes_draws_samples_and_exports_boxes(self):
+        with drawn_figures() as figures:
+            _, out, _ = call(data, "--export-coco", "boxes.json")
+        self.assertEqual(out.splitlines(), [
+            "tiny-imagenet: 70 images of 7 classes",
+            "split 70-30: 49 training images, 21 validation images",
+            "split official: 49 training images, 21 validation images",
+            "wrote boxes.json", "wrote samples.png"])
+        dataset, axes = data.load(), np.array(figures["samples.png"].axes).reshape(5, 5)
+        for row in axes:
+            label, name = row[2].get_title().split(": ")
+            self.assertEqual(name, NAMES[int(label)])
+            for axis in row:
+                index = find(dataset, axis.images[0].get_array())
+                self.assertEqual(dataset.labels[index], int(label))
+                self.assertEqual(frame(axis), dataset.boxes[index].tolist())
         coco = json.loads(Path("boxes.json").read_text())
-        annotation, *others = coco["annotations"]
-        self.assertEqual((annotation["bbox"], len(others)), ([1, 0, 20, 31], 55))
-        self.assertEqual(coco["categories"][annotation["category_id"]]["name"], "German shepherd")
+        names = {category["id"]: category["name"] for category in coco["categories"]}
+        self.assertEqual([image["id"] for image in coco["images"]], [*range(70)])
+        for annotation, label, (x0, y0, x1, y1) in zip(
+                coco["annotations"], dataset.labels.tolist(), dataset.boxes.tolist(), strict=True):
+            self.assertEqual((names[annotation["category_id"]], annotation["bbox"]),
+                             (NAMES[label], [x0, y0, x1 - x0, y1 - y0]))
+        self.assertEqual([a["image_id"] for a in coco["annotations"]], [*range(70)])
 
 
 class Download(InFolder):
@@ -304,7 +388,7 @@ class Download(InFolder):
             URL=f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip"))
 
     def test_a_good_download_is_read_and_a_damaged_file_named(self):
-        self.assertIn("12 images of 4 classes", call(data)[1])
+        self.assertIn("21 images of 7 classes", call(data)[1])
         self.assertEqual(sorted(os.listdir("data")), [data.CACHE, "tiny-imagenet-200.zip"])
         Path("data", data.CACHE).unlink()
         Path("data/tiny-imagenet-200.zip").write_bytes(self.zip[:len(self.zip) // 2])
@@ -394,8 +478,8 @@ class SplitsAndBatches(unittest.TestCase):
     def test_cutmix_shares_the_label_as_the_pixels(self):
         images = torch.arange(200.)[:, None, None, None].expand(200, 3, 20, 20)
         labels = torch.arange(200)
-        mixed, same, others, own = data.cut_mix(images, labels, torch.rand(200, 4), 0.4)
-        self.assertTrue(same.equal(labels) and others.equal(labels.flip(0)))
+        mixed, others, own = data.cut_mix(images, labels, torch.rand(200, 4), 0.4)
+        self.assertTrue(others.equal(labels.flip(0)))
         self.assertTrue(((mixed == images) | (mixed == images.flip(0))).all())
         close((mixed == images).float().mean((1, 2, 3)), own)
         self.assertAlmostEqual((own < 1).float().mean().item(), 0.4, delta=0.12)
@@ -408,6 +492,7 @@ class SplitsAndBatches(unittest.TestCase):
         dataset = data.shapes(seed=1, per_class=30)
         self.assertEqual(dataset.labels.bincount().tolist(), [30] * 10)
         close(dataset.images, data.shapes(seed=1, per_class=30).images, atol=0)
+        close(data.shapes(per_class=3).images, data.shapes(0, 3).images, atol=0)
         self.assertFalse(dataset.images.equal(data.shapes(seed=2, per_class=30).images))
         for image, box in zip(dataset.images.float().mean(1), dataset.boxes.tolist()):
             y, x = torch.where(image > 130)  # shapes are lighter
@@ -417,16 +502,26 @@ class SplitsAndBatches(unittest.TestCase):
 # --------------------------------------------------------------------------------------------------
 # Training
 
-FLAGS = ("--resolutions", 22, "--stem-stride", 4, "--batch-size", 8, "--device", "cpu",
-         "--precision", "fp32")
+FLAGS = ("--stem-stride", 4, "--batch-size", 8, "--device", "cpu", "--precision", "fp32")
+RUN_FLAGS = (*FLAGS, "--epochs", 3, "--resolutions", 22, 30, "--batch-size", 4, "--max-lr", 0.003,
+             "--weight-decay", 0.001, "--label-smoothing", 0.2, "--min-crop", 0.8, "--cutmix", 0.2,
+             "--seed", 3)  # learns in seconds, and makes mistakes
 RUN = Path("runs/tiny-imagenet-resnet18")
-without_pictures = mock.patch.object(data, "save_figure", lambda figure, path: plt.close(figure))
 
 
 def history(folder):
     """history.csv without the seconds."""
     rows = np.genfromtxt(Path(folder, "history.csv"), delimiter=",", names=True)
     return rows[[name for name in rows.dtype.names if name != "seconds"]]
+
+
+def predict(checkpoint, dataset, indices):
+    """Logits of whole images, seen as in validation."""
+    config = checkpoint["config"]
+    images = data.centre(dataset.images[indices], config["min_crop"])
+    with torch.no_grad():
+        return model.restore(checkpoint)(
+            data.prepare(images, checkpoint["history"][-1]["resolution"]))
 
 
 class Training(Commands):
@@ -437,29 +532,70 @@ class Training(Commands):
         folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.enterClassContext(contextlib.chdir(folder))
         write_tree(Path("data/tiny-imagenet-200"))
-        code, cls.printed, err = call(train, "--epochs", 2, *FLAGS)
-        assert code == 0, err
+        with (drawn_figures(data.save_figure) as cls.figures,
+              mock.patch.object(data.Progress, "due", lambda self: True)):
+            code, cls.printed, cls.progress = call(train, *RUN_FLAGS)
+        assert code == 0, cls.progress
+        cls.dataset = data.load()
+        cls.checkpoint = model.load_checkpoint(RUN / "last.pt")
+        cls.train_indices, cls.val_indices = data.split(cls.dataset, seed=3)
+        cls.labels = cls.dataset.labels[cls.val_indices]
+        cls.logits = predict(cls.checkpoint, cls.dataset, cls.val_indices)
 
     def test_the_loop_is_torchs_sgd_schedule_and_cross_entropy(self):
-        dataset = data.load()
-        torch.manual_seed(0)
-        network = model.place(model.create("resnet18", 4, 4), "cpu")
-        batches = data.Batches(dataset, data.split(dataset)[0], 8, "cpu", True, 0.35, 0.25)
+        torch.manual_seed(3)
+        network = model.place(model.create("resnet18", 7, 4), "cpu")
+        batches = data.Batches(self.dataset, self.train_indices, 4, "cpu", True, 0.8, 0.2, 3)
         decayed = [m.weight for m in network.modules()
                    if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
         rest = [p for p in network.parameters() if p.ndim == 1]
-        optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 5e-4}, {"params": rest}],
-                                    lr=0.2, nesterov=True, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, 10, pct_start=0.2)
-        for epoch in (1, 2):
-            for images, labels, others, own in batches.epoch(epoch, 22):
-                target = torch.lerp(F.one_hot(others, 4).float(), F.one_hot(labels, 4).float(),
+        optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 1e-3}, {"params": rest}],
+                                    lr=0.003, nesterov=True, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.003, 36, pct_start=0.2)
+        for row, side in zip(history(RUN), (22, 30, 30)):
+            losses, hits = [], []
+            for images, labels, others, own, _ in batches.epoch(int(row["epoch"]), side):
+                target = torch.lerp(F.one_hot(others, 7).float(), F.one_hot(labels, 7).float(),
                                     own[:, None])
+                logits = network(images)
                 optimizer.zero_grad()
-                F.cross_entropy(network(images), target, label_smoothing=0.1).backward()
+                F.cross_entropy(logits, target, label_smoothing=0.2).backward()
                 optimizer.step()
+                rate = scheduler.get_last_lr()[0]
                 scheduler.step()
-        close(model.load_checkpoint(RUN / "last.pt")["model"], network.state_dict(), atol=1e-3)
+                losses.append(F.cross_entropy(logits, labels).item())
+                hits += (logits.argmax(1) == labels).tolist()
+            np.testing.assert_allclose(list(row)[1:5], [side, rate, np.mean(losses), np.mean(hits)],
+                                       rtol=1e-3)
+        close(self.checkpoint["model"], network.state_dict(), atol=1e-3)
+
+    def test_each_epoch_prints_what_was_measured(self):
+        lines = self.printed.splitlines()
+        self.assertEqual(lines[1], "resnet18 on tiny-imagenet: 49 training images, 21 validation "
+                                   "images; 1 x cpu, float32")
+        self.assertEqual(lines[3], "epoch pixels train_loss train_acc val_loss val_acc val_top5 "
+                                   "images/s seconds")
+        rows = np.genfromtxt(RUN / "history.csv", delimiter=",", names=True)
+        for row, line in zip(rows, lines[4:]):
+            *measured, speed, seconds = [float(n) for n in re.findall(r"[\d.]+", line)]
+            expected = [row[name] for name in ("epoch", "resolution", "train_loss",
+                        "train_accuracy", "val_loss", "val_accuracy", "val_top5")]
+            expected[3:] = np.array(expected[3:]) * [100, 1, 100, 100]
+            np.testing.assert_allclose(measured, [expected[0], 3, *expected[1:]], atol=0.006)
+            self.assertEqual(seconds, round(row["seconds"]))
+            shown = re.search(rf"epoch {expected[0]:.0f}/3 100%  loss {row['train_loss']:.3f}  "
+                              r"([\d,]+) images/s  0:00:\d\d left", self.progress)
+            for images in speed, float(shown[1].replace(",", "")):
+                self.assertGreater(images, 0.9 * 48 / row["seconds"])  # which includes validation
+        top5 = (self.logits.topk(5).indices == self.labels[:, None]).any(1).float().mean()
+        np.testing.assert_allclose(
+            [rows[-1][name] for name in ("val_loss", "val_accuracy", "val_top5")],
+            [F.cross_entropy(self.logits, self.labels),
+             (self.logits.argmax(1) == self.labels).float().mean(), top5], rtol=1e-3)
+        best = model.load_checkpoint(RUN / "best.pt")
+        self.assertEqual(best["history"][-1]["epoch"], 1 + rows["val_accuracy"].argmax())
+        accuracy = (predict(best, self.dataset, self.val_indices).argmax(1) == self.labels)
+        self.assertAlmostEqual(accuracy.float().mean().item(), rows["val_accuracy"].max(), 4)
 
     def test_evaluation_counts_top_1_and_top_5(self):
         dataset, network = data.shapes(per_class=5), model.create("resnet18", 10, 4)
@@ -472,59 +608,182 @@ class Training(Commands):
         close(found, (F.cross_entropy(logits, dataset.labels).item(), top1, top5,
                       logits.argmax(1), logits.softmax(1).amax(1)), atol=1e-4)
 
-    def test_a_run_leaves_a_report_and_no_run_overwrites_another(self):
-        self.assertIn(f"{RUN}/report.md", self.printed)
-        self.assertRegex(self.printed, r"val_acc images/s seconds\n 1/2 +22 .*\n 2/2 +22 ")
-        report = (RUN / "report.md").read_text()
-        *_, accuracy = accuracies = history(RUN)["val_accuracy"]
-        for word in (f"**{accuracy:.2%} validation accuracy**", "11,178,564", "shepherd",
-                     "train.py --epochs 2"):
-            self.assertIn(word, report)
-        classes = np.genfromtxt(RUN / "classes.csv", delimiter=",", names=True)
-        self.assertAlmostEqual(classes["accuracy"].mean(), accuracy, 3)
-        for name in ("curves.png", "misclassified.png", "gradcam.png"):
-            Image.open(RUN / name).load()
-        best = model.load_checkpoint(RUN / "best.pt")["history"][-1]
-        self.assertEqual(best["val_accuracy"], max(accuracies))
-        self.assertRefused(call(train, "--out", RUN, *FLAGS), RUN, "--resume")
-        with mock.patch.multiple(train, fit=mock.DEFAULT, write_report=mock.DEFAULT):
-            self.assertRegex(call(train, *FLAGS)[1], rf"writing to {RUN}-\d;")
+    def test_the_report_says_what_can_be_computed_again(self):
+        report, predicted = (RUN / "report.md").read_text(), self.logits.argmax(1)
+        self.assertEqual(re.findall("^#+ (.*)", report, re.M), [
+            "resnet18 on tiny-imagenet", "Classes", "Most frequent confusions",
+            "Misclassified validation images", "Grad-CAM: does the network look at the object?"])
+        for header, ruler in re.findall(r"^(\|.*)\n(\| --.*)", report, re.M):
+            self.assertEqual(header.count("|"), ruler.count("|"))
+        self.assertEqual(re.findall(r"!\[.+\]\((.*)\)", report), [*self.figures])
+        final = (predicted == self.labels).float().mean().item()
+        logits = predict(self.checkpoint, self.dataset, self.train_indices)
+        plain = (logits.argmax(1) == self.dataset.labels[self.train_indices]).float().mean().item()
+        top5 = (self.logits.topk(5).indices == self.labels[:, None]).any(1).float().mean().item()
+        rows = history(RUN)
+        for words in (f"**{final:.2%} validation accuracy** (top-5 {top5:.2%}) after 3 epochs in",
+                      f"accuracy is {plain:.2%}, {100 * (plain - final):+.1f}\npoints against",
+                      f"with augmentation {rows[-1]['train_accuracy']:.2%}.\n\nno GPU: the recipe",
+                      "| parameters | 11,180,103 |", "| hardware | 1 x cpu, float32 |",
+                      "| label_smoothing | 0.2 |", "| command | python train.py --stem-stride 4 "):
+            self.assertIn(words, report)
+        self.assertIn(f"\n{final:.2%} validation accuracy; report: {RUN}/report.md", self.printed)
+        for label, name in enumerate(NAMES):
+            mine = self.labels == label
+            accuracy = (predicted == self.labels)[mine].float().mean().item()
+            self.assertIn(f"| {name} | 7 | 3 | {accuracy:.1%} |", report)
+        classes = np.genfromtxt(RUN / "classes.csv", delimiter=",", names=True, dtype=None,
+                                encoding="utf-8")
+        self.assertEqual(classes["class"].tolist(), NAMES)
+        self.assertAlmostEqual(classes["accuracy"].mean(), final, 4)
 
-    def test_the_report_tells_best_from_worst_and_actual_from_predicted(self):
-        labels, predicted = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 1, 0, 1, 1])
-        rows, table = train.tabulate_classes(["a", "b", "c", "empty"], labels, predicted)
-        self.assertEqual([row["accuracy"] for row in rows], ["1.0000", "0.5000", "0.0000", "-"])
-        for row in ("| a | 100.0% | c | 0.0% |", "| c | b | 2 |", "| b | a | 1 |"):
-            self.assertIn(row, table)
+    def test_the_report_names_best_epoch_gap_and_time(self):
+        """Of a made history, in which all numbers differ."""
+        rows = [dict(row, epoch=epoch, val_accuracy=accuracy, seconds=seconds) for row, epoch,
+                accuracy, seconds in zip(self.checkpoint["history"], (1, 2, 3), (0.3, 0.9, 0.5),
+                                         (7, 3600, 60))]
+        with (mock.patch.object(train, "fit", lambda *a: a[3].__setitem__(slice(None), rows)),
+              drawn_figures()):
+            self.assertEqual(call(train, *RUN_FLAGS, "--out", "made")[0], 0)
+        report = Path("made/report.md").read_text()
+        self.assertIn("after 3 epochs in\n1:01:07 (h:mm:ss). The best epoch, 2, has 90.00%", report)
+
+    def test_classes_are_listed_with_numbers_of_images_the_best_first(self):
+        labels, predicted = torch.tensor([0] * 8 + [1, 1, 2, 2]), torch.tensor([0] * 9 + [1] * 3)
+        rows, table = train.tabulate_classes(["a", "b", "c"], torch.tensor([0, 0, 1, 1, 1, 2]),
+                                             labels, predicted)
+        self.assertEqual([list(row.values()) for row in rows],
+                         [["a", 2, 8, 1.0], ["b", 3, 2, 0.5], ["c", 1, 2, 0.0]])
+        self.assertRegex(table, r"(?s)\| a \| 2 \| 8 \| 100.0% \|\n\| b .*50.0%.*\| c .* 0.0%.*"
+                                r"\| c \| b \| 2 \|\n\| b \| a \| 1 \|")
+        many = torch.arange(30)
+        table = train.tabulate_classes([f"<{i}>" for i in range(30)], many, many, many % 25)[1]
+        self.assertEqual(re.findall("<([0-9]+)>", table.split("##")[0]),
+                         list(map(str, [*range(10), *range(20, 30)])))
+        self.assertIn("100.0% |\n| ... | | | |\n| <20>", table)
+
+    def test_curves_show_the_history(self):
+        rows, (loss, accuracy, rate) = history(RUN), self.figures["curves.png"].axes
+        for axis, title, lines in (
+                (loss, "Loss", {"training (augmented)": "train_loss", "validation": "val_loss"}),
+                (accuracy, "Accuracy", {"training (augmented)": "train_accuracy",
+                                        "validation": "val_accuracy",
+                                        "validation, top-5": "val_top5"}),
+                (rate, "Learning rate", {"at the end of the epoch": "lr"})):
+            shown = {line.get_label(): line.get_xydata() for line in axis.lines}
+            self.assertEqual(shown.pop("from here 30 pixels")[:, 0].tolist(), [1.5, 1.5])
+            self.assertEqual((axis.get_title(), set(shown)), (title, set(lines)))
+            for label, column in lines.items():
+                np.testing.assert_allclose(shown[label], np.stack([rows["epoch"], rows[column]], 1))
+
+    def test_misclassified_images_carry_their_names(self):
+        view = data.validation_view(self.dataset, 0.8)
+        shown = [axis for axis in self.figures["misclassified.png"].axes if axis.images]
+        wrong = self.logits.argmax(1) != self.labels
+        self.assertEqual(len(shown), min(25, wrong.sum().item()))
+        for axis in shown:
+            index = find(view, axis.images[0].get_array())
+            place = self.val_indices.tolist().index(index)
+            confidence, guess = self.logits[place].softmax(0).max(0)
+            self.assertTrue(wrong[place])
+            self.assertEqual(" ".join(axis.get_title().split()),
+                             f"actual: {NAMES[self.labels[place]]} predicted: {NAMES[guess]} "
+                             f"({confidence:.0%})")
+
+    def start(self, *flags):
+        """What a command hands to fit."""
+        with mock.patch.multiple(train, fit=mock.DEFAULT, write_report=mock.DEFAULT) as mocks:
+            code, self.out, err = call(train, *FLAGS, *flags)
+        self.assertEqual(code, 0, err)
+        return mocks["fit"].call_args.args
+
+    def test_grad_cam_shows_validation_images_of_the_run(self):
+        for flags in (("--classes", 3), ("--split", "official"), ("--seed", 5)):
+            *_, val_batches, _, _, folder = self.start(*flags)
+            with drawn_figures() as figures:
+                call(gradcam, folder, "--device", "cpu")
+            shown = [axis for axis in figures["gradcam-predicted.png"].axes if axis.get_title()]
+            for axis in shown:
+                self.assertIn(find(val_batches.dataset, axis.images[0].get_array()),
+                              val_batches.indices)
+            self.assertGreater(len(shown), 5)
+
+    def test_each_flag_has_its_effect(self):
+        learner, batches, val_batches, _, args, folder = usual = self.start()
+        weights, optimizer = learner.network.conv1.weight, learner.optimizer
+        self.assertEqual(str(folder), f"{RUN}-{2 + len(list(Path('runs').glob('*-[0-9]')))-1}")
+        for flags, effect, expected in (
+                (("--seed", 1), lambda l, b, *_: l.network.conv1.weight.equal(weights), False),
+                (("--seed", 1), lambda l, b, *_: b.indices.equal(batches.indices), False),
+                (("--seed", 1), lambda l, b, *_: b.seed, 1),
+                (("--classes", 3), lambda l, b, *_: b.dataset.class_names, NAMES[:3]),
+                (("--split", "official"), lambda l, b, *_: b.indices.tolist(), [*range(49)]),
+                (("--precision", "bf16"), lambda l, *_: l.dtype, torch.bfloat16),
+                (("--stem-stride", 2), lambda l, *_: (l.network.conv1.stride[0],
+                                                      type(l.network.maxpool).__name__),
+                 (2, "Identity")),
+                (("--model", "customresnet"), lambda l, *_: type(l.network).__name__,
+                 "CustomResNet"),
+                (("--batch-size", 5), lambda l, b, v, *_: (b.batch_size, v.batch_size), (5, 5)),
+                (("--min-crop", 0.7), lambda l, b, v, *_: (b.min_crop, v.dataset.images.shape[-1]),
+                 (0.7, 60)),
+                (("--cutmix", 0.9), lambda l, b, *_: b.cutmix, 0.9),
+                (("--weights", RUN), lambda l, *_: l.network.fc.weight.equal(
+                    self.checkpoint["model"]["fc.weight"]), True),
+                (("--weights", RUN), lambda *a: a[4].max_lr, args.max_lr / 5),
+                (("--out", "elsewhere"), lambda *a: str(a[5]), "elsewhere")):
+            self.assertEqual(effect(*self.start(*flags)), expected, flags)
+            self.assertEqual(f"starting from the weights of {RUN}, all layers\n" in self.out,
+                             "--weights" in flags)
+            if flags[0] != "--out":
+                self.assertNotEqual(effect(*usual), expected, flags)
+        with mock.patch.object(data.shapes, "__defaults__", (0, 9)):
+            dataset = self.start("--dataset", "shapes", "--seed", 2)[1].dataset
+            close(dataset.images, data.shapes(2).images, atol=0)
+
+    def test_a_cpu_gets_its_own_recipe_and_says_so(self):
+        def recipe(*flags):
+            with mock.patch.object(sys, "argv", ["train.py", *flags]):
+                args, _ = train.parse_arguments()
+            return args.resolutions, args.stem_stride, args.max_lr, args.cutmix, args.recipe
+
+        *values, text = recipe("--device", "cpu", "--max-lr", "0.3")
+        self.assertEqual(values, [[32, 48, 64], 4, 0.3, 0.5])
+        self.assertEqual(text, "no GPU: the recipe for a CPU, --resolutions 32 48 64 --stem-stride "
+                         "4 --max-lr 0.1 --cutmix 0.5; for a GPU's, days here: --resolutions 64 "
+                         "--stem-stride 1 --max-lr 0.2 --cutmix 0.25")
+        self.assertEqual(self.printed.splitlines()[0], text)
+        self.assertEqual(recipe("--device", "cpu", "--dataset", "shapes")[-1], "")
+        with mock.patch.object(model, "choose_device", return_value=torch.device("mps")):
+            self.assertEqual(recipe(), ([64], 1, 0.2, 0.25, ""))
+            self.assertEqual(recipe("--weights", str(RUN)), ([64], 4, 0.04, 0.25, ""))
 
     @mock.patch.object(train, "write_report")
     def test_an_interrupted_run_resumes_to_the_same_weights(self, _):
-        save = torch.save
+        save, errors = torch.save, {2: OSError(28, "No space left on device"), 3: KeyboardInterrupt}
 
-        def save_or_stop(state, path):  # stops in the middle of the last checkpoint
-            if Path(path).name.startswith(".last.pt") and len(state["history"]) == 2:
+        def save_or_stop(state, path):  # stops in the middle of a checkpoint
+            if Path(path).name.startswith(".last.pt") and len(state["history"]) in errors:
                 Path(path).write_bytes(b"half of a checkpoint")
-                raise error
+                raise errors.pop(len(state["history"]))
             save(state, path)
 
-        for folder, file, error, exit_code in (
-                ("full", "", OSError(28, "No space left on device"), 2),
-                ("killed", "last.pt", KeyboardInterrupt(), 130)):
-            with mock.patch.object(torch, "save", save_or_stop):
-                code, _, err = call(train, "--out", folder, "--epochs", 2, *FLAGS)
-            self.assertEqual(code, exit_code, err)
-            code, out, err = call(train, "--resume", Path(folder, file), "--device", "cpu")
-            self.assertEqual(code, 0, err)
-            self.assertNotIn(" 1/2 ", out)
-            np.testing.assert_array_equal(history(folder), history(RUN))
-            close(*(model.load_checkpoint(Path(run, "last.pt"))["model"] for run in (folder, RUN)),
-                  atol=0)
+        with mock.patch.object(torch, "save", save_or_stop):
+            for flags, exit_code, epochs in (
+                    (("--out", "run", *RUN_FLAGS), 2, "12"),
+                    (("--resume", "run", "--device", "cpu"), 130, "23"),
+                    (("--resume", "run/last.pt", "--device", "cpu"), 0, "3")):
+                code, out, err = call(train, *flags)
+                self.assertEqual((code, "".join(re.findall(r"\d(?=/3 )", out))),
+                                 (exit_code, epochs), err)
+        np.testing.assert_array_equal(history("run"), history(RUN))
+        close(model.load_checkpoint("run/last.pt")["model"], self.checkpoint["model"], atol=0)
 
     def test_two_processes_train_one_network(self):
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
              HERE / "train.py", "--model", "customresnet", "--epochs", "1", "--out", "zwölf",
-             *map(str, FLAGS), "--batch-size", "5"],  # the last of 16 validation images is a batch
+             "--resolutions", "22", *map(str, FLAGS), "--batch-size", "10"],  # of 21: 1 is left
             capture_output=True, text=True, timeout=120,
             env=os.environ | {"MPLBACKEND": "module://missing", "PYTHONIOENCODING": "ascii"})
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -532,35 +791,39 @@ class Training(Commands):
         self.assertEqual(done.stdout.count(" 1/1 "), 1, done.stdout)
         self.assertIn("| layer3 |", Path("zwölf/report.md").read_text(encoding="utf-8"))
         # each validated half of the images; together they found what one process finds
-        checkpoint, dataset = model.load_checkpoint("zwölf/last.pt"), data.load()
+        checkpoint, dataset = model.load_checkpoint("zwölf/last.pt"), self.dataset
         batches = data.Batches(data.validation_view(dataset, 0.35), data.split(dataset)[1], 16,
                                "cpu")
         found = train.evaluate(model.restore(checkpoint), batches, 22, torch.float32)
         row = checkpoint["history"][0]
         np.testing.assert_allclose([row["val_loss"], row["val_accuracy"]], found[:2], rtol=1e-4)
 
-    def test_the_learning_rate_is_measured(self):
-        with mock.patch.object(train.find_lr, "__defaults__", (20,)):  # steps
-            out = call(train, "--find-lr", "--out", "lr.png", *FLAGS)[1]
-        rows = re.findall(r"learning rate +([0-9.]+), loss ([0-9.]+)", out)
-        rates, losses = np.array(rows, float).T
-        means = [losses[max(0, i - 5):i + 6].mean() for i in range(len(losses))]
-        lowest = float(re.search(r"lowest at ([0-9.e+-]+)\.", out)[1])
-        self.assertAlmostEqual(means[abs(rates / lowest - 1).argmin()], min(means), 2)
-        Image.open("lr.png").load()
+    def test_a_finished_run_keeps_its_report(self):
+        report = (RUN / "report.md").read_text()
+        for flags in ((), ("--data-dir", "elsewhere")):
+            code, out, _ = call(train, "--resume", RUN, *flags)
+            self.assertEqual((code, out), (0, f"{RUN}: all 3 epochs are done, nothing to train; "
+                                              f"report: {RUN}/report.md\n"))
+        shutil.copytree(RUN, "copy")
+        Path("copy/report.md").unlink()
+        with drawn_figures():
+            self.assertEqual(call(train, "--resume", "copy", "--device", "cpu")[0], 0)
+        self.assertEqual(Path("copy/report.md").read_text(), report.replace(str(RUN), "copy"))
 
     def test_what_users_get_wrong_is_one_line(self):
         before = {path: path.read_bytes() for path in RUN.iterdir()}
         for arguments, *words in (
-                ((*FLAGS, "--batch-size", 1000), "--batch-size 1000", "40"),
-                ((*FLAGS, "--max-lr", 1e6), "loss", "--max-lr"),
+                ((*FLAGS, "--batch-size", 1000), "--batch-size 1000", "49 training images and 21 "),
+                ((*FLAGS, "--batch-size", 1), "--batch-size 1", "2 or more"),
+                ((*FLAGS, "--max-lr", 1e6), "loss", "--max-lr 100000"),
                 ((*FLAGS, "--device", "cuda:99"), "--device cuda:99", "--device cpu"),
-                (("--resume", RUN, "--epochs", 9), "--epochs"),
+                ((*FLAGS, "--weights", "no.pt"), "no.pt: no such file: choose"),
+                (("--classes", 0), "--classes", "at least 1"),
+                (("--out", RUN, *FLAGS), RUN, "--resume"),
+                (("--resume", RUN, "--resolutions", 9), "--resolutions 22 30"),
                 (("--resume", RUN / "best.pt"), "best.pt", "folder"),
                 (("--resume", RUN, "--out", "new"), "--out")):
             self.assertRefused(call(train, *arguments), *words)
-        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
-            self.assertRefused(call(train, "--find-lr"), "--find-lr", "one process")
         for words in ("CUDA out of memory", "not enough memory: you tried to allocate 9 bytes"):
             with mock.patch.object(train, "fit", side_effect=RuntimeError(words)):
                 self.assertRefused(call(train, *FLAGS), "out of memory", "--batch-size")
@@ -622,9 +885,10 @@ class GradCam(unittest.TestCase):
         network[0].weight.data[:] = torch.tensor([1, 0.5])[:, None, None, None]  # always class 0
         batches = data.Batches(data.validation_view(dataset, 0.35), torch.arange(40), 16, "cpu")
         text = gradcam.evaluate(gradcam.GradCAM(network, ["1"]), batches, 52)
+        flat = 100 * (16 / 52)**2  # 52 of 64 pixels are shown
         for words in ("40 validation images, of which 20 are classified correctly:",
                       "| 1 | 100.0 | 100.0 | 100.0 |",
-                      f"| a flat map | {100 * (16 / 52)**2:.1f} |"):  # 52 of 64 pixels are shown
+                      f"| a flat map | {flat:.1f} | {flat:.1f} | {flat:.1f} |"):
             self.assertIn(words, text)
 
 
@@ -633,21 +897,96 @@ class GradCamCommand(InFolder):
     def setUp(self):
         super().setUp()
         self.enterContext(mock.patch.object(data.shapes, "__defaults__", (0, 10)))
-        save_checkpoint("last.pt")
+        save_checkpoint("last.pt", seed=3)
+        self.checkpoint = model.load_checkpoint("last.pt")
+        self.view = data.validation_view(data.shapes(3), 0.35)
+        self.indices = data.split(self.view, seed=3)[1]
+        self.cam = gradcam.GradCAM(resnet())
 
-    def test_the_same_misclassified_images_are_drawn_for_both_targets(self):
-        with mock.patch.object(gradcam, "draw") as draw:
-            for target in ("predicted", "actual"):
+    def test_misclassified_validation_images_are_drawn_with_their_maps_names_and_boxes(self):
+        first = {}
+        for target in ("predicted", "actual"):
+            with drawn_figures() as figures:
                 call(gradcam, "--device", "cpu", ".", "--target", target)
-        (images, maps, titles, _, path, _), (again, others, _, _, other, _) = (
-            c.args for c in draw.call_args_list)
-        close(images, again, atol=0)
-        self.assertEqual((str(path), str(other)), ("gradcam-predicted.png", "gradcam-actual.png"))
-        self.assertFalse(maps["layer2"].equal(others["layer2"]))
-        for title in titles:
-            predicted, actual = title.split("\nactual: ")
-            self.assertNotEqual(predicted, f"predicted: {actual}")
-        self.assertIn("of 30 validation images", call(gradcam, ".", "--evaluate")[1])
+            (name, figure), = figures.items()
+            self.assertEqual(name, f"gradcam-{target}.png")
+            self.assertIn(f"Grad-CAM of the {target} class: misclassified validation images and",
+                          figure.get_suptitle())
+            rows = np.array(figure.axes).reshape(5, 10)
+            self.assertEqual([row[0].get_ylabel() for row in rows],
+                             ["input", "layer1", "layer2", "layer3", "layer4"])
+            for column in rows.T:
+                index = find(self.view, column[0].images[0].get_array())
+                self.assertIn(index, self.indices)
+                image, label = self.view.images[[index]], self.view.labels[[index]]
+                maps = self.cam(data.prepare(image, 16), label if target == "actual" else None,
+                                image.shape[2:])
+                guess = self.cam.logits.argmax(1)
+                self.assertNotEqual(guess, label)
+                names = [self.view.class_names[i] for i in (guess, label)]
+                self.assertEqual(column[0].get_title(),
+                                 "predicted: {}\nactual: {}".format(*names))
+                for axis, heat in zip(column[1:], maps.values()):
+                    self.assertEqual(axis.images[1].get_cmap().name, "turbo")  # red is most
+                    np.testing.assert_allclose(axis.images[1].get_array(), heat[0], atol=1e-3)
+                for axis in column:
+                    self.assertEqual(frame(axis), self.view.boxes[index].tolist())
+                first.setdefault(index, set()).add(target)
+        self.assertEqual([*first.values()], [{"predicted", "actual"}] * 10)
+
+    def test_evaluation_counts_maxima_in_boxes_for_either_target(self):
+        images, labels = data.prepare(self.view.images[self.indices], 16), self.view.labels
+        labels, boxes = labels[self.indices], self.view.boxes[self.indices]
+        for flags, target in (((), "predicted"), (("--target", "actual"), "actual")):
+            out = call(gradcam, ".", "--evaluate", "--device", "cpu", *flags)[1]
+            maps = self.cam(images, labels if target == "actual" else None, (52, 52))["layer1"]
+            correct = self.cam.logits.argmax(1) == labels
+            hits, centre = [], []
+            for heat, (x0, y0, x1, y1) in zip(maps, boxes.clamp(min=0).tolist()):
+                top = heat == heat.max()
+                hits.append((top[y0:y1, x0:x1].sum() / top.sum()).item())
+                centre.append(sum(x0 <= x < x1 and y0 <= y < y1
+                                  for x in (25, 26) for y in (25, 26)) / 4)
+            self.assertIn(f"the {target} class's map in the object's box? In percent of 30 "
+                          f"validation images, of which {correct.sum()} are", out)
+            for name, scores in (("layer1", hits), ("a point at the centre", centre)):
+                scores = torch.tensor(scores, dtype=torch.float)
+                cells = " | ".join(f"{100 * scores[group].mean():.1f}" for group in
+                                   (correct | True, correct, ~correct))
+                self.assertIn(f"| {name} | {cells} |", out)
+
+    def test_the_precision_is_the_runs_and_the_file_as_asked(self):
+        save_checkpoint("half.pt", precision="bf16")
+        with (mock.patch.object(gradcam, "GradCAM", wraps=gradcam.GradCAM) as cam,
+              drawn_figures() as figures):
+            _, out, _ = call(gradcam, "half.pt", "--device", "cpu", "--out", "x.png")
+        self.assertEqual(cam.call_args.kwargs["dtype"], torch.bfloat16)
+        self.assertEqual((out, [*figures]), ("wrote x.png\n", ["x.png"]))
+
+    def test_predictions_of_all_pictures_are_printed_and_ten_drawn(self):
+        names = [f"{i}.png" for i in range(12)]
+        for name in names:
+            Image.effect_noise((80, 60), 50 + 10 * len(os.listdir())).save(name)
+        Path("bad.png").write_text("text")
+        torch.save(self.checkpoint | {"size": 96}, "last.pt")
+        with drawn_figures() as figures:
+            _, out, err = call(gradcam, "--device", "cpu", ".", "bad.png", *names, "--out", "x.png")
+        self.assertRegex(err, "skipped bad.png: not a picture")
+        blocks = re.findall(r"(\d+.png)\n((?: .*\n){5})", out)
+        self.assertEqual([name for name, _ in blocks], names)
+        rows = np.array(figures["x.png"].axes).reshape(5, 10)
+        for (name, lines), column in itertools.zip_longest(blocks, rows.T):
+            image = data.centre(data.read_picture(name, 96)[None], 0.35)
+            with torch.no_grad():
+                probabilities = resnet()(data.prepare(image, 16)).softmax(1)[0].tolist()
+            best = sorted(zip(probabilities, data.SHAPES), reverse=True)[:5]
+            self.assertEqual(lines.splitlines(), [f"{p:9.1%}  {shape}" for p, shape in best])
+            if column is not None:
+                self.assertEqual(column[0].get_title(),
+                                 f"{name}\n{best[0][1]}: {best[0][0]:.0%}")
+                close(torch.tensor(column[0].images[0].get_array()), image[0].permute(1, 2, 0))
+                np.testing.assert_allclose(column[4].images[1].get_array(), self.cam(
+                    data.prepare(image, 16), size=image.shape[2:])["layer4"][0], atol=1e-3)
 
     def test_own_pictures_of_every_kind_are_read(self):
         pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
@@ -663,6 +1002,7 @@ class GradCamCommand(InFolder):
         for kind in ("u2", "i4", "f4"):
             Image.fromarray((np.array(grey) * 200.0 + 999).astype(kind)).save(f"{kind}.tiff")
             expected[f"{kind}.tiff"] = grey.convert("RGB")
+        self.assertIsNone(Image.MAX_IMAGE_PIXELS)  # telephones take 200 megapixels
         for name, image in expected.items():
             difference = data.read_picture(name) - TF.pil_to_tensor(TF.resize(image, 64)).int()
             self.assertLessEqual(difference.abs().max(), 8, name)
@@ -670,45 +1010,132 @@ class GradCamCommand(InFolder):
     def test_what_users_get_wrong_is_one_line(self):
         Path("notes.txt").write_text("not\na picture")
         save_checkpoint("tiny.pt", dataset="tiny-imagenet")
-        for arguments, word in (((".", "notes.txt"), "notes.txt"), ((".", "no.jpg"), "no.jpg"),
-                                (("no",), "no/last.pt"), (("tiny.pt",), "--data-dir")):
+        for arguments, word in (((".", "notes.txt"), "none of the pictures"),
+                                (("no",), "no/last.pt"), (("tiny.pt",), "--data-dir"),
+                                ((".", "no.jpg", "--evaluate"), "--evaluate"),
+                                ((".", "no.jpg", "--target", "actual"), "--target actual")):
             self.assertRefused(call(gradcam, "--device", "cpu", *arguments), "gradcam.py", word)
 
 
 class Folder(InFolder):
-    flags = ("--dataset", "folder", "--data-dir", "photos", *FLAGS)
+    flags = ("--dataset", "folder", "--data-dir", "photos", "--resolutions", 22, *FLAGS)
+
+    def write(self, *paths, first=0):
+        """Pictures of 80 x 60 pixels, each with a colour of its own, its place in paths."""
+        for i, path in enumerate(paths, first):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.new("RGB", (80, 60), "red")  # the sides are cut off
+            picture.paste((i, 2 * i, 128), (10, 0, 70, 60))
+            picture.save(path, "PNG")
 
     def setUp(self):
         super().setUp()
-        for label, name in enumerate(("cat", "dog")):
-            Path("photos", name).mkdir(parents=True)
-            for i in range(10):
-                Image.new("RGB", (80, 60), (100 * label, 0, i)).save(f"photos/{name}/{i}.png")
+        self.write(*(f"photos/{name}/{i}.png" for name in ("cat", "$_$", "ape") for i in range(6)))
 
-    @without_pictures
-    def test_a_folder_of_pictures_is_trained_on_and_reported(self):
+    def describe(self, path="photos"):
+        return call(data, "--dataset", "folder", "--data-dir", path)[1].splitlines()[:-1]
+
+    def test_pictures_get_the_class_of_their_folder(self):
+        Path("photos/cat/1.png").write_text("damaged")
         dataset = data.load("folder", "photos")
-        Path("photos/cat/broken.jpg").write_text("text")
-        self.assertEqual(dataset.images[:, 0, 9, 9].tolist(), (100 * dataset.labels).tolist())
-        code, out, err = call(train, *self.flags, "--epochs", 1, "--out", "run")
-        self.assertEqual(code, 0, err)
-        self.assertRegex(err, "skipped 1 of 21 pictures:\n.*photos/cat/broken.jpg: cannot")
-        self.assertNotRegex(Path("run/report.md").read_text(), "top-5|Pointing")
-        self.assertEqual([call(gradcam, "run")[0], call(data, *self.flags[:4])[0]], [0, 0])
-        self.assertRefused(call(gradcam, "run", "--evaluate"), "boxes")
-        self.assertRefused(call(data, *self.flags[:4], "--export-coco", "x.json"), "boxes")
-        shutil.move("photos/dog", "photos/wolf")
+        self.assertEqual(dataset.class_names, ["$_$", "ape", "cat"])
+        colours = [*range(6, 12), *range(12, 18), 0, 2, 3, 4, 5]
+        self.assertEqual(dataset.images[:, :, 9, 9].tolist(), [[i, 2 * i, 128] for i in colours])
+        self.assertLess(dataset.images[:, 0].max(), 50)  # no red
+        self.assertEqual(dataset.labels.tolist(), [0] * 6 + [1] * 6 + [2] * 5)
+        rows = [(file, name.replace("cat", "caf\udce9"), val)  # an old archive's name
+                for file, name, val in data.list_folder(Path("photos"))]
+        with mock.patch.object(data, "list_folder", return_value=rows):
+            self.assertRegex(data.load("folder", "photos").class_names[2], "^caf\ufffd+$")
+        two = data.load("folder", "photos", classes=2, size=80)
+        self.assertEqual((two.class_names, two.images.shape), (["$_$", "ape"], (12, 3, 80, 80)))
+
+    def test_what_was_found_and_left_out_is_said(self):
+        shutil.copy("photos/cat/1.png", "photos/cat/1 copy.png")
+        shutil.copy("photos/cat/2.png", "photos/ape/same.png")
+        self.write("photos/.ipynb_checkpoints/1.png", "photos/ape/.x/1.png", "photos/ape/._1.png",
+                   "photos/__MACOSX/1.png", first=50)
+        self.write("photos/ape/deep/a.jfif", "photos/ape/b", first=60)
+        Path("photos/ape/notes.txt").write_text("text")
+        Path("photos/ape/half.png").write_bytes(Path("photos/ape/1.png").read_bytes()[:60])
+        self.assertEqual(self.describe()[:1] + self.describe()[2:], [
+            "photos: 19 pictures of 3 classes, 5 to 8 of each, median 6; split 70/30, as there is "
+            "no val/", "- left out, .txt files: 1 (photos/ape/notes.txt: not a picture that Pillow "
+            "reads)", "- left out, in several classes: 2 (photos/ape/same.png, photos/cat/2.png)",
+            "- left out, copies: 1 (photos/cat/1.png)"])
+        self.assertRegex(self.describe()[1], "^- left out, damaged: 1 .photos/ape/half.png: .+")
+
+    def test_train_and_val_are_used_as_given(self):
+        for val in ("val", "Valid", "validation"):
+            self.write(*(f"{val}-set/train/{name}/{i}.png" for name in "ab" for i in range(4)))
+            self.write(*(f"{val}-set/{val}/{name}/{i}.png" for name in "ab" for i in range(3)),
+                       *(f"{val}-set/test/{name}/0.png" for name in "ab"), first=20)
+            shutil.copy(f"{val}-set/{val}/a/0.png", f"{val}-set/train/a")
+            dataset = data.load("folder", f"{val}-set")
+            for kind in ("70-30", "official"):
+                found = [dataset.images[part, 0, 9, 9].tolist()
+                         for part in data.split(dataset, kind)]
+                self.assertEqual(found, [[1, 2, 3, 4, 5, 6, 7], [20, 21, 22, 23, 24, 25]])
+            self.assertRegex(self.describe(f"{val}-set")[0], "13 .*; 6 are given for validation")
+        shutil.rmtree("val-set/val")
+        self.assertRegex(self.describe("val-set")[0], " 8 pict.*split 70/30, as there is no val/")
+        self.write(*(f"names/{name}/{i}.png" for name in ("valid", "trains") for i in range(3)))
+        self.assertEqual(data.load("folder", "names").class_names, ["trains", "valid"])
+
+    def test_a_run_is_reported_and_knows_its_pictures(self):
+        with drawn_figures():
+            code, out, err = call(train, *self.flags, "--epochs", 1, "--out", "run")
+            self.assertEqual((code, call(gradcam, "run")[0]), (0, 0), err)
+        report = Path("run/report.md").read_text()
+        self.assertIn("photos: 18 pictures of 3 classes", out)
+        self.assertIn("photos: 18 pictures of 3 classes", report)
+        self.assertNotRegex(report, "top-5|Pointing|mean over classes")
+        self.assertIn("| $_$ | 4 | 2 |", report)
+        for module, *arguments in ((gradcam, "run", "--evaluate"), (
+                data, *self.flags[:4], "--export-coco", "x.json")):
+            self.assertRefused(call(module, *arguments), "boxes")
+        shutil.move("photos", "moved")
+        self.assertRefused(call(gradcam, "run"), "photos")
+        with drawn_figures() as figures:
+            call(gradcam, "run", "--data-dir", "moved")
+        self.assertEqual([*figures], ["gradcam-predicted.png"])
+        shutil.move("moved", "photos")
+        Path("run/report.md").unlink()
+        shutil.move("photos/cat/5.png", "photos/ape/6.png")
+        for module, *arguments in ((gradcam, "run"), (train, "--resume", "run")):
+            self.assertRefused(call(module, *arguments), "photos: the pictures are not those")
+        shutil.move("photos/cat", "photos/wolf")
         for module, *arguments in ((gradcam, "run"), (train, "--resume", "run")):
             self.assertRefused(call(module, *arguments), "photos", "classes")
 
+    def test_rare_classes_count_as_much_in_the_mean_over_classes(self):
+        self.write(*(f"photos/cat/{i}.png" for i in range(6, 80)), first=20)
+        row = dict.fromkeys(("epoch", "resolution", "lr", "train_loss", "train_accuracy",
+                             "val_loss", "val_accuracy", "val_top5", "seconds"), 1)
+        with mock.patch.object(train, "fit", lambda *a: a[3].append(row)), drawn_figures():
+            _, out, _ = call(train, *self.flags, "--epochs", 1, "--out", "run", "--resolutions", 80)
+        with drawn_figures() as figures:  # of pictures larger than 64 pixels
+            call(gradcam, "run")
+        self.assertEqual(figures["gradcam-predicted.png"].axes[0].images[0].get_array().shape,
+                         (66, 66, 3))
+        rows = np.genfromtxt("run/classes.csv", delimiter=",", names=True, dtype=None)
+        final = (rows["accuracy"] * rows["validation_images"]).sum() / 28
+        self.assertEqual(rows["validation_images"].tolist(), [2, 2, 24])
+        self.assertIn(f"{final:.2%} validation accuracy, {rows['accuracy'].mean():.2%} as the mean "
+                      "over classes; report: run/report.md", out)
+
     def test_what_users_get_wrong_is_one_line(self):
-        for path in ("one/cat", "few/cat", "few/dog", "two/train/a", "two/val/a"):
-            Path(path).mkdir(parents=True)
-            shutil.copy("photos/cat/1.png", path)
-        for folder, *words in (("nowhere", "each of several"), ("photos/cat", "each of several"),
-                               ("one", "only cat"), ("few", "cat has 1"), ("two", "two/train")):
+        self.write("one/cat/1.png", "few/cat/1.png", "few/dog/1.png", "few/dog/2.png",
+                   "two/train/a/1.png", "two/train/b/1.png", "two/val/a/2.png")
+        Path("few/cat/x.heic").write_text("text")
+        for folder, *words in (("nowhere", "found: none"), ("photos/cat", "each of several"),
+                               ("one", "found: cat"), ("few", "cat has 1", ".heic files: 1"),
+                               ("two", "in train/ as in val/ (b has 0)"), (".", "several")):
             self.assertRefused(call(data, "--dataset", "folder", "--data-dir", folder), *words)
-        self.assertRefused(call(train, *self.flags, "--split", "official"), "--split official")
+        shutil.move("photos", "in/photos")
+        self.assertRefused(call(data, "--dataset", "folder", "--data-dir", "in"), "in/photos")
+        self.assertRefused(call(train, *self.flags[:2], "--data-dir", "in/photos", *self.flags[4:],
+                                "--split", "official"), "--split official")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1138,23 +1565,36 @@ class Readme(InFolder):
     text = (HERE / "README.md").read_text(encoding="utf-8")
     code = re.compile(r"(?:^ {4}.*\n)+", re.M)  # indented lines
 
-    def test_the_prediction_runs(self):
-        block, = (block for block in self.code.findall(self.text) if "load_checkpoint" in block)
-        checkpoint, picture = re.findall(r'"(\S+\.(?:pt|jpg))"', block)
-        Path(checkpoint).parent.mkdir(parents=True)
-        save_checkpoint(checkpoint)
-        Image.effect_noise((90, 60), 99).save(picture)
+    def run_block(self, words):
+        """Runs the block of Python with these words: (printed text, its variables)."""
+        block, = (block for block in self.code.findall(self.text) if words in block)
         names = {}
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(textwrap.dedent(block), names)
-        probabilities = model.restore(names["checkpoint"])(names["images"]).softmax(1)[0].tolist()
-        best = sorted(zip(probabilities, data.SHAPES), reverse=True)[:5]
-        lines = call(gradcam, "--device", "cpu", checkpoint, picture)[1].splitlines()
-        self.assertEqual(lines[1:6], [f"{probability:9.1%}  {name}" for probability, name in best])
-        self.assertEqual(out.getvalue().strip(), best[0][1])
+        return out.getvalue(), names
 
-    @without_pictures
+    def test_the_prediction_runs(self):
+        checkpoint, picture = "runs/tiny-imagenet-resnet18/last.pt", "cat.jpg"
+        Path(checkpoint).parent.mkdir(parents=True)
+        save_checkpoint(checkpoint)
+        Image.effect_noise((90, 60), 99).save(picture)
+        out, names = self.run_block("load_checkpoint")
+        best = model.restore(names["checkpoint"])(names["images"]).argmax()
+        self.assertEqual(out.strip(), [*data.SHAPES][best])
+        self.assertIn(f"{checkpoint}\"", self.text)
+        self.assertEqual(call(gradcam, "--device", "cpu", checkpoint, picture)[1].split()[2:3],
+                         out.split()[:1])
+
+    def test_imagenets_weights_start_a_run(self):
+        network = torchvision.models.resnet18()
+        with mock.patch.object(torchvision.models, "resnet18", lambda weights: network):
+            self.run_block("torch.save(")
+        ours = model.create("resnet18", 3, 4)
+        model.load_weights(ours, "imagenet.pt", list("abc"))
+        close(ours.layer4.state_dict(), network.layer4.state_dict(), atol=0)
+
     def test_the_exercises_run(self):
+        """All of them at once, in a short training."""
         edits = {"random_crops": (data, r"    theta = (?:.|\n)*(?=    return)"),
                  "fit": (train, r"one_cycle\((?:.|\n)*?max_lr\)"),
                  "BasicBlock": (model, r"return self.relu\(x \+ shortcut\)"),
@@ -1162,39 +1602,41 @@ class Readme(InFolder):
                  "iou": (sys.modules["kmeans"], r'(?<="""\n)(?:.|\n)+$')}
         chapter = self.text.split("## Exercises")[1].split("\n## ")[0]
         for exercise in re.split(r"^\d\. ", chapter, flags=re.M)[1:]:
-            name, *inline = re.findall(r"`((?!python)[^`]+)`", exercise)
+            name, *inline = re.findall(r"`([^`]+)`", exercise)
             block = self.code.search(exercise)
-            new = block and textwrap.indent(textwrap.dedent(block[0]), "    ")
             module, old = edits.pop(name)
             original = getattr(module, name)
             self.enterContext(mock.patch.object(module, name, original))  # restores it
-            source, count = re.subn(old, lambda _: new or max(inline, key=len),
-                                    inspect.getsource(original))
-            self.assertEqual(count, 1, name)
-            exec(source, vars(module))
+            for new in ([textwrap.indent(textwrap.dedent(block[0]), "    ")] if block else
+                        [code for code in inline if re.match(r"(?!python|--).*[(,]", code)]):
+                source, count = re.subn(old, lambda _: new, inspect.getsource(original))
+                self.assertEqual(count, 1, name)
+                exec(source, vars(module))
         self.assertFalse(edits)
-        with mock.patch.object(data.shapes, "__defaults__", (0, 10)):
-            self.assertEqual(call(train, "--dataset", "shapes", "--epochs", 1, *FLAGS)[0], 0)
+        with mock.patch.object(data.shapes, "__defaults__", (0, 4)), drawn_figures():
+            code, _, err = call(train, "--dataset", "shapes", "--epochs", 2, "--resolutions", 22,
+                                *FLAGS)
+        self.assertEqual(code, 0, err)
         kmeans(made_boxes(), 3)
 
-    @without_pictures
-    def test_every_command_runs(self):
+    def test_the_flags_of_every_command_exist(self):
         """On small data, and without training."""
         small = data.shapes(0, 40)
         Path("annotations.json").write_text(json.dumps(made_coco()))
         for name in ("0.png", *re.findall(r"\w+\.jpg", self.text)):
             Image.effect_noise((640, 480), 99).save(name)
-        self.enterContext(mock.patch.object(data, "load", lambda *_: small))
-        self.enterContext(mock.patch.multiple(train, fit=mock.DEFAULT, find_lr=mock.DEFAULT,
-                                              write_report=mock.DEFAULT))
-        self.enterContext(mock.patch.object(model, "print_table"))
+        torch.save({}, "imagenet.pt")
+        self.enterContext(mock.patch.object(data, "load", lambda *_, **__: small))
+        self.enterContext(mock.patch.multiple(train, fit=mock.DEFAULT, write_report=mock.DEFAULT))
+        self.enterContext(mock.patch.object(model, "load_weights", return_value=""))
         self.enterContext(mock.patch.multiple(coco_analysis, write=mock.DEFAULT,
                                               analyse=lambda *_: {"report.md": ""}))
         commands = re.findall(r"^    python (\w+)\.py\b(.*?)(?: +#.*)?$", self.text, re.M)
         self.assertGreater(len(commands), 19)
         for script, arguments in commands:
             if script != "test_all":
-                code, _, err = call(sys.modules[script], *shlex.split(arguments))
+                with drawn_figures():
+                    code, _, err = call(sys.modules[script], *shlex.split(arguments))
                 self.assertEqual(code, 0, f"{script}.py{arguments}: {err}")
         for picture in re.findall(r'(?:\]\(|src=")(assets/[^)"]+)', self.text):
             self.assertTrue((HERE / picture).is_file(), picture)

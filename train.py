@@ -2,10 +2,10 @@
 
     python train.py --dataset shapes                  # no download: the full pipeline in minutes
     python train.py --epochs 50                       # Tiny ImageNet: 61.1 %, 6 minutes on an H100
-    python train.py --dataset folder --data-dir photos        # one folder of pictures per class
+    python train.py --dataset folder --data-dir photos        # your own, a folder for each class
     python train.py --resume runs/tiny-imagenet-resnet18
     torchrun --nproc_per_node=4 train.py              # several GPUs
-    python train.py --find-lr                         # learning-rate range test: find-lr.png
+    python train.py --dataset folder --data-dir photos --weights runs/tiny-imagenet-resnet18
 
 prints a row for each epoch and writes into runs/tiny-imagenet-resnet18, or a similar new folder:
 report.md and its pictures, classes.csv, history.csv, and the checkpoints last.pt and best.pt.
@@ -45,7 +45,9 @@ RECIPES = {
     "folder": {"epochs": 50, "resolutions": [32, 32, 32, 32, 64], "stem_stride": 4,
                "batch_size": 32, "max_lr": 0.05, "min_crop": 0.35, "cutmix": 0.25},
 }
-NOT_SAVED = ("resume", "out", "device", "find_lr")  # flags that may differ on resuming
+# Of tiny-imagenet on a CPU: 50 epochs take hours instead of days.
+CPU_RECIPE = {"resolutions": [32, 48, 64], "stem_stride": 4, "max_lr": 0.1, "cutmix": 0.5}
+NOT_SAVED = ("resume", "out", "device")  # flags that may differ on resuming
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,6 +74,8 @@ def one_cycle(step, total_steps, max_lr, pct_start=0.2):
 def smoothed_nll_loss(log_probabilities, labels, others, own, smoothing):
     """NLLLoss, averaged over the batch, with label smoothing and the two labels of CutMix.
 
+    -(1 - smoothing) * (own * log p[label] + (1 - own) * log p[other]) - smoothing * mean(log p)
+
     log_probabilities (N, classes); labels, others (N,) int64; own (N,): see data.cut_mix. Label
     smoothing spreads a part of the target evenly over all classes (Szegedy et al. 2015,
     arXiv:1512.00567).
@@ -82,7 +86,10 @@ def smoothed_nll_loss(log_probabilities, labels, others, own, smoothing):
 
 
 def make_optimizer(network, weight_decay):
-    """SGD with Nesterov momentum. No decay for biases and BatchNorm (arXiv:1812.01187)."""
+    """SGD with Nesterov momentum. No decay for biases and BatchNorm (arXiv:1812.01187).
+
+    one_cycle replaces learning rate and momentum at each step.
+    """
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim <= 1]
     return torch.optim.SGD([{"params": matrices, "weight_decay": weight_decay},
@@ -106,12 +113,12 @@ def fit(learner, batches, val_batches, history, args, folder):
     Writes into folder, which is None in all processes but the first.
     """
     network, optimizer, scaler, dtype = learner
-    class_names = batches.dataset.class_names
+    dataset = batches.dataset
     replica = network  # or its wrapper: averages gradients, copies BatchNorm's running statistics
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(network)
     progress = data.Progress(quiet=folder is None)
-    with_top5 = len(class_names) > 5  # else it is always 100 %
+    with_top5 = len(dataset.class_names) > 5  # else it is always 100 %
     if folder:
         print("epoch pixels train_loss train_acc val_loss val_acc"
               f"{' val_top5' if with_top5 else ''} images/s seconds", flush=True)
@@ -119,7 +126,7 @@ def fit(learner, batches, val_batches, history, args, folder):
         start, resolution = time.monotonic(), resolution_at(epoch, args)
         totals = torch.zeros(4, device=batches.device)
         network.train()
-        for index, (images, labels, others, own) in enumerate(batches.epoch(epoch, resolution)):
+        for index, (images, labels, others, own, _) in enumerate(batches.epoch(epoch, resolution)):
             lr, momentum = one_cycle((epoch - 1) * len(batches) + index,
                                      args.epochs * len(batches), args.max_lr)
             for group in optimizer.param_groups:
@@ -139,7 +146,7 @@ def fit(learner, batches, val_batches, history, args, folder):
                 progress.show(f"epoch {epoch}/{args.epochs} {done:4.0%}  loss {loss:.3f}  "
                               f"{speed:,.0f} images/s  {datetime.timedelta(0, round(left))} left")
 
-        train_loss, train_accuracy, _ = mean(totals)
+        train_loss, train_accuracy, _ = mean_over_processes(totals)
         if not math.isfinite(train_loss):
             raise UsageError(f"the loss is {train_loss} in epoch {epoch}: try "
                              f"--max-lr {args.max_lr / 10:g}")
@@ -157,9 +164,9 @@ def fit(learner, batches, val_batches, history, args, folder):
         print(f"{epoch:2}/{args.epochs:<2} {resolution:6} {train_loss:10.3f} {train_accuracy:9.2%} "
               f"{val_loss:8.3f} {val_accuracy:7.2%}{top5} {speed:8,.0f} {seconds:7.0f}", flush=True)
         if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
-            save(folder / "best.pt", learner, history, args, class_names, with_optimizer=False)
+            save(folder / "best.pt", learner, history, args, dataset, with_optimizer=False)
         write_rows(folder / "history.csv", history)
-        save(folder / "last.pt", learner, history, args, class_names)  # last: completes the epoch
+        save(folder / "last.pt", learner, history, args, dataset)  # last: completes the epoch
 
 
 def tally(log_probabilities, labels):
@@ -173,8 +180,8 @@ def tally(log_probabilities, labels):
                         hits.sum(), torch.ones_like(labels).sum()])
 
 
-def mean(totals):
-    """Mean loss, top-1 and top-5 accuracy of summed tallies, over all processes."""
+def mean_over_processes(totals):
+    """Mean loss, top-1 and top-5 accuracy of summed tallies."""
     if dist.is_initialized():
         dist.all_reduce(totals)
     *sums, count = totals.tolist()
@@ -195,7 +202,7 @@ def evaluate(network, batches, resolution, dtype):
         predictions.append(log_probabilities.max(dim=1))
         progress.show(f"validating {len(predictions) / len(batches):4.0%}")
     confidence, predicted = (torch.cat(column).cpu() for column in zip(*predictions))
-    return *mean(totals), predicted, confidence.exp()
+    return *mean_over_processes(totals), predicted, confidence.exp()
 
 
 def resolution_at(epoch, args):
@@ -204,7 +211,7 @@ def resolution_at(epoch, args):
 
 
 def epochs_left(epoch, args):
-    """In units of this epoch: the time for an image grows with its pixels."""
+    """Remaining epochs, weighted by pixels: the time for an image grows with them."""
     side = resolution_at(epoch, args)
     return sum((resolution_at(later, args) / side)**2 for later in range(epoch, args.epochs + 1))
 
@@ -214,9 +221,10 @@ def config(args):
     return {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
 
 
-def save(path, learner, history, args, class_names, with_optimizer=True):
+def save(path, learner, history, args, dataset, with_optimizer=True):
     """Writes a checkpoint for model.load_checkpoint."""
-    checkpoint = {"classes": class_names, "history": history, "config": config(args),
+    checkpoint = {"classes": dataset.class_names, "digest": dataset.digest,
+                  "size": dataset.images.shape[-1], "history": history, "config": config(args),
                   "model": learner.network.state_dict()}
     if with_optimizer:
         checkpoint |= {"optimizer": learner.optimizer.state_dict(),
@@ -279,24 +287,25 @@ def draw_misclassified(dataset, indices, predicted, confidence, path, columns=5)
     data.save_figure(figure, path)
 
 
-def tabulate_classes(names, labels, predicted):
-    """Returns a row for each class, and Markdown: best, worst, most frequent confusions."""
+def tabulate_classes(names, train_labels, labels, predicted):
+    """Returns a row for each class, and Markdown: classes, best first, and frequent confusions."""
     cells = torch.bincount(labels * len(names) + predicted, minlength=len(names)**2)
     confusion = cells.view(len(names), len(names))                      # [actual, predicted]
-    accuracy = (confusion.diag() / confusion.sum(dim=1)).tolist()       # NaN: no images
-    order = sorted((label for label, a in enumerate(accuracy) if a == a),
-                   key=lambda label: -accuracy[label])
-    lines = ["| best | accuracy | worst | accuracy |", "| --- | ---: | --- | ---: |"]
-    for best, worst in list(zip(order, reversed(order)))[:min(10, len(order) // 2)]:
-        lines.append(f"| {names[best]} | {accuracy[best]:.1%} "
-                     f"| {names[worst]} | {accuracy[worst]:.1%} |")
-    lines += ["", "## Most frequent confusions", "", "| actual | predicted | images |",
-              "| --- | --- | ---: |"]
+    counts = zip(names, train_labels.bincount().tolist(), confusion.sum(dim=1).tolist(),
+                 (confusion.diag() / confusion.sum(dim=1)).tolist())
+    keys = "class", "training_images", "validation_images", "accuracy"
+    rows = [dict(zip(keys, row)) for row in counts]
+    table = [f"| {name} | {trained} | {validated} | {accuracy:.1%} |"
+             for name, trained, validated, accuracy in
+             (row.values() for row in sorted(rows, key=lambda row: -row["accuracy"]))]
+    if len(table) > 20:
+        table[10:-10] = ["| ... | | | |"]
+    lines = ["| class | training images | validation images | accuracy |",
+             "| --- | ---: | ---: | ---: |", *table, "", "## Most frequent confusions", "",
+             "| actual | predicted | images |", "| --- | --- | ---: |"]
     counts, cells = confusion.fill_diagonal_(0).flatten().topk(min(10, len(names)))
     lines += [f"| {names[cell // len(names)]} | {names[cell % len(names)]} | {count} |"
               for count, cell in zip(counts.tolist(), cells.tolist()) if count]
-    rows = [{"class": name, "accuracy": f"{a:.4f}".replace("nan", "-")}
-            for name, a in zip(names, accuracy)]
     return rows, "\n".join(lines)
 
 
@@ -310,7 +319,12 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     sample = replace(val_batches, indices=data.shuffled(batches.indices)[:10_000])
     _, plain, *_ = evaluate(network, sample, resolution, dtype)
     best = max(history, key=lambda row: row["val_accuracy"])
-    classes, tables = tabulate_classes(dataset.class_names, dataset.labels[val_indices], predicted)
+    classes, tables = tabulate_classes(dataset.class_names, dataset.labels[batches.indices],
+                                       dataset.labels[val_indices], predicted)
+    headline = f"{final:.2%} validation accuracy"
+    balanced = sum(row["accuracy"] for row in classes) / len(classes)
+    if f"{balanced:.2%}" != f"{final:.2%}":
+        headline += f", {balanced:.2%} as the mean over classes"
     cam = gradcam.GradCAM(network, dtype=dtype)
     maps = ""
     if dataset.boxes is not None:
@@ -325,16 +339,19 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     took = datetime.timedelta(seconds=round(sum(row["seconds"] for row in history)))
     parameters = sum(p.numel() for p in network.parameters())
     settings = {"hardware": hardware, "parameters": f"{parameters:,}", **config(args)}
+    notes = "\n\n".join(filter(None, [settings.pop("recipe"), dataset.notes]))
     settings = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text(f"""# {args.model} on {args.dataset}
 
-**{final:.2%} validation accuracy**{top5} after {args.epochs} epochs in
+**{headline}**{top5} after {args.epochs} epochs in
 {took} (h:mm:ss). The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was chosen
 on the validation images.
 
 On training images without augmentation the accuracy is {plain:.2%}, {100 * (plain - final):+.1f}
 points against the validation images; with augmentation {history[-1]["train_accuracy"]:.2%}.
+
+{notes}
 
 | setting | value |
 | --- | --- |
@@ -354,52 +371,24 @@ points against the validation images; with augmentation {history[-1]["train_accu
 
 {maps}
 ![Grad-CAM of misclassified images](gradcam.png)
-""", encoding="utf-8")
-    print(f"{final:.2%} validation accuracy; report: {folder / 'report.md'}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Learning rate, measured
-
-
-def find_lr(learner, batches, args, path, steps=100):
-    """Learning-rate range test (Smith 2015, arXiv:1506.01186): draws loss against growing rate."""
-    network, optimizer, scaler, dtype = learner
-    network.train()
-    epochs = (batches.epoch(epoch, args.resolutions[0]) for epoch in itertools.count(1))
-    rates, losses = [], []
-    for step, batch in zip(range(steps), itertools.chain.from_iterable(epochs)):
-        rates.append(10 ** (-3 + 4 * step / (steps - 1)))               # 0.001 ... 10
-        for group in optimizer.param_groups:
-            group.update(lr=rates[-1], momentum=0.85)                   # as at one_cycle's peak
-        images, *targets = batch
-        log_probabilities = model.forward(network, images, dtype).log_softmax(1)
-        loss = smoothed_nll_loss(log_probabilities, *targets, args.label_smoothing)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.item())
-        print(f"step {step + 1:3}/{steps}: learning rate {rates[-1]:7.4f}, loss {losses[-1]:.3f}",
-              flush=True)
-        if step > steps / 3 and not sum(losses[-11:]) < sum(losses[:11]):
-            break  # also for NaN; later, the loss can fall again to that of equal probabilities
-    smooth = F.avg_pool1d(torch.tensor([losses]), 11, 1, 5, count_include_pad=False)[0].tolist()
-    lowest = rates[smooth.index(min(smooth))]
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axis.semilogx(rates, smooth)
-    axis.axvline(lowest, color="tab:green", linestyle="--", label=f"lowest loss: {lowest:.2g}")
-    axis.axvline(args.max_lr, color="0.5", linestyle=":", label=f"--max-lr {args.max_lr:g}")
-    axis.set(xlabel="learning rate", ylabel="training loss, mean of 11 steps")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    data.save_figure(figure, path)
-    print(f"The loss is lowest at {lowest:.2g}. Try a --max-lr between this and five times as much:"
-          f"\na trained network can tolerate a higher learning rate than a new one.\nwrote {path}")
+""", encoding="utf-8", errors="replace")
+    print(f"{headline}; report: {folder / 'report.md'}")
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
+
+
+def positive(text):
+    """For argparse: a whole number, at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def as_flags(recipe):
+    return " ".join(f"--{key.replace('_', '-')} {str(value).strip('[]').replace(',', '')}"
+                    for key, value in recipe.items())
 
 
 def parse_arguments():
@@ -407,19 +396,21 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Trains a network and reports on it.")
     add = parser.add_argument
     add("--dataset", choices=RECIPES, default="tiny-imagenet",
-        help="tiny-imagenet; the others have their own defaults, in RECIPES")
-    parser.set_defaults(**RECIPES["tiny-imagenet"])
+        help="tiny-imagenet; the others, and CPUs, have their own defaults: see RECIPES")
+    parser.set_defaults(**RECIPES["tiny-imagenet"], recipe="")
     add("--data-dir", type=os.path.abspath, default="data",
         help="folder with tiny-imagenet-200, or with one folder per class: data")
     add("--split", choices=("70-30", "official"), default="70-30", help="70-30")
-    add("--classes", type=int, help="use the first so many classes only: all")
+    add("--classes", type=positive, help="use the first so many classes only: all")
     add("--model", choices=model.MODELS, default="resnet18", help="resnet18")
     add("--stem-stride", type=int, choices=(4, 2, 1),
         help="ResNet18 shrinks images by this first; 4 is fastest: %(default)s")
-    add("--epochs", type=int, help="%(default)s")
-    add("--resolutions", type=int, nargs="+", metavar="PIXELS",
+    add("--weights", metavar="FILE",
+        help="start from a run's weights, or from a state_dict of torchvision's resnet18")
+    add("--epochs", type=positive, help="%(default)s")
+    add("--resolutions", type=positive, nargs="+", metavar="PIXELS",
         help="image sides, for equal parts of the epochs: %(default)s")
-    add("--batch-size", type=int, help="of all processes together: %(default)s")
+    add("--batch-size", type=positive, help="of all processes together: %(default)s")
     add("--max-lr", type=float, help="peak of OneCycle: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="0.0005")
     add("--label-smoothing", type=float, default=0.1, help="0.1")
@@ -430,25 +421,32 @@ def parse_arguments():
         help="of convolutions: bf16 or fp16 where it is fast, else fp32")
     add("--seed", type=int, default=0, help="of split, weights, augmentation and shapes: 0")
     add("--device", default="auto", help="cuda, mps or cpu: a GPU if there is one")
-    add("--out", help="new folder of the run, or picture of --find-lr")
+    add("--out", help="new folder of the run: numbered, in runs")
     add("--resume", type=lambda run: Path(run.removesuffix("last.pt")), metavar="RUN",
         help="continue the run in this folder")
-    add("--find-lr", action="store_true", help="learning-rate range test instead of training")
     args, checkpoint = parser.parse_args(), None
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
-    defaults = {**RECIPES[args.dataset], "command": command}
+    defaults = RECIPES[args.dataset] | {"command": command}
     if args.resume:
-        if args.resume.is_file() or args.out and not args.find_lr:
+        if args.resume.is_file() or args.out:
             raise UsageError(f"--resume {args.resume}: name only the run's folder, without --out; "
                              "the run continues there, from its last.pt")
         checkpoint = model.load_checkpoint(args.resume / "last.pt")
         defaults = checkpoint["config"]
+    elif args.dataset == "tiny-imagenet" and model.choose_device(args.device).type == "cpu":
+        gpu = {key: defaults[key] for key in CPU_RECIPE}
+        note = (f"no GPU: the recipe for a CPU, {as_flags(CPU_RECIPE)}; for a GPU's, days here: "
+                f"{as_flags(gpu)}")
+        defaults |= CPU_RECIPE | {"recipe": note}
+    if args.weights and not args.resume:  # a high rate would destroy what they know
+        stem_stride = model.read(args.weights).get("config", defaults)["stem_stride"]
+        defaults |= {"max_lr": defaults["max_lr"] / 5, "stem_stride": stem_stride}
     parser.set_defaults(**defaults)
     args = parser.parse_args()  # again, with these defaults
     for key, value in defaults.items():
         if checkpoint and getattr(args, key) != value and key != "data_dir":
-            raise UsageError(f"--resume: this run has --{key.replace('_', '-')} {value}, which "
-                             "cannot change: leave out the flag, or start a new run")
+            raise UsageError(f"--resume: this run has {as_flags({key: value})}, which cannot "
+                             "change: leave out the flag, or start a new run")
     return args, checkpoint
 
 
@@ -456,7 +454,7 @@ def start_processes(device_name):
     """Returns rank, local rank, number of processes, and device; torchrun sets the variables."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = model.choose_device(device_name, local_rank)
+    device = model.choose_device(device_name)
     if world_size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -477,35 +475,43 @@ def make_folder(args):
 
 def main():
     args, checkpoint = parse_arguments()
-    if args.find_lr and "WORLD_SIZE" in os.environ:
-        raise UsageError("--find-lr: one process only: start it with python, not torchrun")
+    history = checkpoint["history"] if checkpoint else []
+    if len(history) == args.epochs and (args.resume / "report.md").exists():
+        print(f"{args.resume}: all {args.epochs} epochs are done, nothing to train; report: "
+              f"{args.resume / 'report.md'}")
+        return
     rank, local_rank, world_size, device = start_processes(args.device)
+    if rank == 0 and args.recipe:
+        print(args.recipe, flush=True)
     if local_rank:
         dist.barrier()  # the first process of each machine downloads, decodes and caches
-    dataset = data.load(args.dataset, args.data_dir, args.seed, args.classes)
+    dataset = data.load(args.dataset, args.data_dir, args.seed, args.classes,
+                        size=max(data.SIZE, *args.resolutions))
     if world_size > 1 and not local_rank:
         dist.barrier()
-    if checkpoint and checkpoint["classes"] != dataset.class_names:
-        raise UsageError(f"{args.data_dir}: has other classes than the run")
+    if checkpoint:
+        data.require_same(dataset, checkpoint, args.data_dir)
     train_indices, val_indices = data.split(dataset, args.split, args.seed)
-    if args.batch_size > len(train_indices) or not len(val_indices):
+    smallest = 2 * world_size  # BatchNorm needs two images
+    if not smallest <= args.batch_size <= len(train_indices) or not len(val_indices):
         raise UsageError(f"--batch-size {args.batch_size} --split {args.split}: there are only "
                          f"{len(train_indices):,} training images and {len(val_indices):,} others: "
-                         "choose smaller batches, or another split")
+                         f"choose batches of {smallest} or more, at most as many, or another split")
     if device.type == "cuda":
         dataset = dataset._replace(images=dataset.images.to(device))  # 1.4 GB
 
     torch.manual_seed(args.seed)
     dtype = model.choose_dtype(args.precision, device)
-    network = model.create(args.model, len(dataset.class_names), args.stem_stride)
+    network, start = model.create(args.model, len(dataset.class_names), args.stem_stride), ""
+    if args.weights and not checkpoint:
+        start = "starting from " + model.load_weights(network, args.weights, dataset.class_names)
     network = model.place(network, device)
     if world_size > 1 and device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = make_optimizer(network, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    learner, history = Learner(network, optimizer, scaler, dtype), []
+    learner = Learner(network, optimizer, scaler, dtype)
     if checkpoint:
-        history = checkpoint["history"]
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
@@ -515,22 +521,17 @@ def main():
                            world_size=world_size)
     val_batches = replace(batches, dataset=data.validation_view(dataset, args.min_crop),
                           indices=val_indices, augment=False)
-    if args.find_lr:
-        return find_lr(learner, batches, args, args.out or "find-lr.png")
-
     folder = None
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         hardware = f"{world_size} x {name}, {dtype}".replace("torch.", "")
         folder = args.resume or make_folder(args)
-        print(f"{args.model} on {args.dataset}: {len(train_indices):,} training images, "
-              f"{len(val_indices):,} validation images; {hardware}\nwriting to {folder}; to "
-              f"continue it later: --resume {shlex.quote(folder.as_posix())}", flush=True)
-        if device.type == "cpu" and args.stem_stride < 4 and args.epochs * len(batches) > 2000:
-            print("This may take days on a CPU; hours with --stem-stride 4 --resolutions 32 48 64 "
-                  "--max-lr 0.1 --cutmix 0.5", flush=True)
+        print(*filter(None, [dataset.notes, start]), f"{args.model} on {args.dataset}: "
+              f"{len(train_indices):,} training images, {len(val_indices):,} validation images; "
+              f"{hardware}", f"writing to {folder}; to continue it later: --resume "
+              f"{shlex.quote(folder.as_posix())}", sep="\n", flush=True)
         if not checkpoint:
-            save(folder / "last.pt", learner, history, args, dataset.class_names)
+            save(folder / "last.pt", learner, history, args, dataset)
     fit(learner, batches, val_batches, history, args, folder)
     if world_size > 1:
         dist.destroy_process_group()
