@@ -105,10 +105,6 @@ def identifier(value):
     return str(value).removesuffix(".0") if isinstance(value, (int, float, str)) else ""
 
 
-def are_numbers(*values):
-    return all(isinstance(value, (int, float)) for value in values)
-
-
 def to_floats(values):
     """Numbers, also in quotes, as floats; [] if they are anything else or absurd."""
     try:
@@ -292,8 +288,8 @@ def check_coco(annotations, images, categories):
             place for place, record in annotations.items() if record.get(field) not in places[name]]
     faults["annotations without numbers as bbox, area and iscrowd"] = [
         place for place, record in annotations.items()
-        if not are_numbers(record.get("area"), record.get("iscrowd"))
-        or to_floats(record.get("bbox")) != record.get("bbox")]
+        if any(to_floats(values) != values for values in (
+            record.get("bbox"), [record.get("area"), record.get("iscrowd")]))]
     used = {identifier(record.get("image_id")) for record in annotations.values()}
     faults["images without boxes"] = [
         place for place, record in images.items() if identifier(record.get("id")) not in used]

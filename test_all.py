@@ -179,7 +179,6 @@ class Checkpoints(InFolder):
         save_checkpoint("last.pt")
         imagenet = torchvision.models.resnet18(num_classes=1000).state_dict()
         torch.save(imagenet, "imagenet.pt")
-        images = pictures()
         for path, classes, theirs, words in (
                 (".", list(data.SHAPES), resnet().state_dict(), "of ., all layers"),
                 ("last.pt", list("abcdefghij"), resnet().state_dict(), "all layers but the last"),
@@ -710,8 +709,8 @@ class Training(Commands):
 
     def test_each_flag_has_its_effect(self):
         learner, batches, val_batches, _, args, folder = usual = self.start()
-        weights, optimizer = learner.network.conv1.weight, learner.optimizer
-        self.assertEqual(str(folder), f"{RUN}-{2 + len(list(Path('runs').glob('*-[0-9]')))-1}")
+        weights, others = learner.network.conv1.weight, [*Path("runs").glob(f"{RUN.name}-*")]
+        self.assertEqual(str(folder), f"{RUN}-{1 + len(others)}")  # a new folder
         for flags, effect, expected in (
                 (("--seed", 1), lambda l, b, *_: l.network.conv1.weight.equal(weights), False),
                 (("--seed", 1), lambda l, b, *_: b.indices.equal(batches.indices), False),
