@@ -148,7 +148,7 @@ def read(path):
         try:
             top = json.loads(text)  # names the right place
         except ValueError as error:
-            if not re.search(r"\[\s*{", text):  # no list of records
+            if not re.search(r'^\s*\[|"(annotations|images)"\s*:\s*\[', text):  # no list of records
                 return "lines of records", {"annotations": read_lines(text)}
             raise BadInput(f"not valid JSON: {error}: correct it there (are these two files?), or "
                            "export or download the file again") from error

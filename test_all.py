@@ -1266,6 +1266,7 @@ class Analysis(InFolder):
     def test_every_layout_of_a_file_is_read(self):
         whole = made_coco(boxes=1200)  # more than the outlines that are kept
         kept = whole["annotations"]
+        kept[1]["attributes"] = [{"occluded": False}]
         lines = list(map(json.dumps, kept))
         for content in (json.dumps(whole, indent=2), json.dumps(whole, sort_keys=True),
                         "\ufeff" + json.dumps(whole), kept, "\n".join(lines),
