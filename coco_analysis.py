@@ -2,7 +2,6 @@
 
     python coco_analysis.py annotations.json             # writes analysis/annotations/report.md
     python coco_analysis.py annotations.json --images .  # draws on the photographs there
-    python coco_analysis.py annotations.json --k 5 9 --size 640 --resize letterbox
 
 The file is COCO JSON, or records with a `bbox`: a JSON list (detection results), JSON lines, or
 lines like `id: 0, height: 330, width: 1093, bbox:[69, 464, 312, 175],`. The command prints
@@ -14,9 +13,8 @@ THE RULE. Read rightly, boxes lie inside their images.
 
     1. If the median of the last two numbers is at most 1, they are fractions; otherwise pixels.
     2. Under each order in READINGS, the boxes inside their images are counted.
-    3. Possible is what comes within CLOSE of the best; [x, y, width, height] stays possible unless
-       another is CLEAR better.
-    4. The possible ones are listed as in READINGS; the first computes the anchors.
+    3. Orders within CLOSE of the best are possible, [x, y, width, height] within CLEAR.
+    4. The first possible one in READINGS computes the anchors; the others are named.
     5. Without image sizes, from MANY boxes on, orders whose boxes reach over 10% further than the
        tightest go, except [x, y, width, height].
 """
@@ -26,7 +24,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -52,7 +49,7 @@ READINGS = {  # first two and last two numbers p, q (N, 2) -> (x, y), (width, he
     "yxhw": ("[y, x, height, width]", lambda p, q: (np.fliplr(p), np.fliplr(q))),
 }
 
-EXPECTED = "expected COCO JSON, or a list or lines of records with a bbox; tools export COCO JSON"
+EXPECTED = "expected COCO JSON, as most tools export, or a list or lines of records with bbox"
 CLASS_KEYS = "category_id", "category", "category_name", "label", "class", "class_name"
 MEANINGS = {  # https://cocodataset.org/#format-data
     "id": "number of the annotation, image or category",
@@ -86,7 +83,7 @@ class BadInput(OSError):
 
 
 class Box(NamedTuple):
-    """An annotation with the fields of its class and its image; ids are text."""
+    """An annotation with its image's fields; ids are text."""
     place: str
     bbox: list
     label: str
@@ -96,17 +93,16 @@ class Box(NamedTuple):
 
 
 def short(value):
-    """Printable text."""
-    return "".join(c if c.isprintable() else " " for c in str(value)[:60])
+    return re.sub(r"\s", " ", str(value)[:60])
 
 
 def identifier(value):
-    """An id as text, as files mix 3, 3.0 and "3"; or ""."""
+    """Text, as files mix 3, 3.0 and "3"; or ""."""
     return str(value).removesuffix(".0") if isinstance(value, (int, float, str)) else ""
 
 
 def to_floats(values):
-    """Numbers, also in quotes, as floats; [] if they are anything else or absurd."""
+    """A list of numbers, also in quotes, as floats; [] for anything else."""
     try:
         floats = list(map(float, values)) if isinstance(values, list) else []
         return floats if sum(map(abs, floats)) < 1e9 else []
@@ -119,41 +115,43 @@ def read_lines(text):
     records = {}
     for number, line in enumerate(text.split("\n"), 1):
         record = line.strip().rstrip(",")
-        if not record.startswith("{"):
+        if record and record[0] != "{":
             record = "{" + re.sub(r"\b(\w+)\s*:", r'"\1":', record) + "}"
         try:
-            records[f"line {number}"] = json.loads(record)
+            if record:
+                records[f"line {number}"] = json.loads(record)
         except ValueError:
             raise BadInput(f"line {number}, {short(line)!r}: {EXPECTED}") from None
-    return {place: record for place, record in records.items() if record}
+    return records
 
 
 def without_polygons(text):
-    """Halves the time and memory that a large file takes; the first stays, as an example."""
+    """Halves time and memory; the first stays, as an example."""
     first = iter([True])
     return re.sub(r'"segmentation":\s*\[[][0-9 .,\n-]*\]', lambda outline: outline[0] if next(
         first, None) else '"segmentation":null', text)
 
 
 def read(path):
-    """What a file is, and its tables {name: {place in the file: record}}: "annotations", of COCO
-    JSON also "images" and "categories". Raises BadInput, or another OSError.
+    """What a file is, and its tables {name: {place: record}}: "annotations", of COCO JSON also
+    "images" and "categories".
     """
     try:
-        top = json.loads(without_polygons(Path(path).read_text("utf-8-sig")))
+        text = Path(path).read_text("utf-8-sig")
     except (IsADirectoryError, UnicodeDecodeError):
         raise BadInput(f"not a text file in UTF-8: {EXPECTED}") from None
+    if not re.search(r'^\s*\[|"(annotations|images)"\s*:\s*\[', text):
+        return "lines of records", {"annotations": read_lines(text)}
+    try:
+        top = json.loads(without_polygons(text))
     except ValueError:
-        text = Path(path).read_text("utf-8-sig")
         try:
             top = json.loads(text)  # names the right place
         except ValueError as error:
-            if not re.search(r'^\s*\[|"(annotations|images)"\s*:\s*\[', text):  # no list of records
-                return "lines of records", {"annotations": read_lines(text)}
             raise BadInput(f"not valid JSON: {error}: correct it there (are these two files?), or "
                            "export or download the file again") from error
-    kind, tables = "a JSON list", {"annotations": top if isinstance(top, list) else [top]}
-    if isinstance(top, dict) and "annotations" in top:
+    kind, tables = "a JSON list", {"annotations": top}
+    if isinstance(top, dict):
         kind = "COCO instances JSON"
         tables = {name: top.get(name, []) for name in ("annotations", "images", "categories")}
     for name, table in tables.items():
@@ -164,8 +162,8 @@ def read(path):
 
 
 def flatten(annotations, images={}, categories={}):
-    """Tables -> the field that names the class, or None; a list of Box; the places of unusable
-    annotations; {id of a class: its name or None}. Raises BadInput if all are unusable.
+    """The field that names the class, or None; a list of Box; places of unusable annotations;
+    {id of a class: its name or None}.
     """
     fields = set().union(*annotations.values())
     if not fields:
@@ -180,11 +178,10 @@ def flatten(annotations, images={}, categories={}):
     names = {identifier(record.get("id")): record.get("name") for record in categories.values()}
     boxes, unusable, details = [], [], {}
     for place, record in annotations.items():
-        bbox = record.get("bbox")
         label = identifier(record.get(class_key)) if class_key else "object"
-        numbers = to_floats(bbox)
-        if not label or len(numbers) != 4:
-            unusable.append(f"{place} (class {label or None}, bbox {short(bbox)})")
+        bbox = to_floats(record.get("bbox"))
+        if not label or len(bbox) != 4:
+            unusable.append(f"{place} (class {label or None}, bbox {short(record.get('bbox'))})")
             continue
         names.setdefault(label)
         key = identifier(record.get("image_id", record.get("file_name"))) or place
@@ -193,26 +190,22 @@ def flatten(annotations, images={}, categories={}):
             size = to_floats([image.get("width"), image.get("height")])
             details[key] = (str(image.get("file_name") or f"{key:0>12}.jpg"),  # as in COCO
                             size if min(size, default=0) >= 1 else (np.nan, np.nan))
-        boxes.append(Box(place, numbers, label, key, *details[key]))
+        boxes.append(Box(place, bbox, label, key, *details[key]))
     if not boxes:
         raise BadInput("; ".join([EXPECTED, *unusable[:3]]))
     return class_key, boxes, unusable, names
 
 
 def load(path):
-    gc.disable()  # with it, loading takes a third longer
-    try:
-        kind, tables = read(path)
-        return kind, tables, *flatten(**tables)
-    finally:
-        gc.enable()
+    kind, tables = read(path)
+    return kind, tables, *flatten(**tables)
 
 
 # ---------------------------------------------------------------------- what the four numbers mean
 
 
 def to_xywh(bbox, size, reading, fractions):
-    """bbox (N, 4) in images of size (N, 2) -> x, y, width, height in pixels, and the true size."""
+    """bbox (N, 4) in images of size (N, 2) -> x, y, width, height in pixels; the true size."""
     size = np.fliplr(size) if reading == "exchanged" else size
     box = np.hstack(READINGS[reading][1](bbox[:, :2], bbox[:, 2:]))
     return (box * np.tile(size, 2) if fractions else box), size
@@ -257,7 +250,6 @@ def find_readings(bbox, size, fractions, shape=0):
 
 
 def explain(found, fit, fractions, bbox, size):
-    """A sentence: the reading, its evidence, and what else is possible."""
     best, *others = found
     why = f"bbox is {READINGS[best][0]}{' as fractions' * fractions}: {fit[best]:.1%} of the boxes "
     why += ("lie inside their images" if np.isfinite(size).any() else
@@ -277,15 +269,16 @@ def explain(found, fit, fractions, bbox, size):
 
 def check_coco(annotations, images, categories):
     """{fault: places} where pycocotools stops or loses annotations, and images without boxes."""
-    places, faults = {}, {}
-    for name, table in ("annotations", annotations), ("images", images), ("categories", categories):
-        own = places[name] = {}
+    faults = {}
+    for name, table, field in (("annotations", annotations, "id"), ("images", images, "image_id"),
+                               ("categories", categories, "category_id")):
+        places = {}
         faults[f"{name} without an id of their own"] = [
             place for place, record in table.items() if record.get("id") is None
-            or own.setdefault(record["id"], place) != place]
-    for field, name in ("image_id", "images"), ("category_id", "categories"):
-        faults[f'annotations whose {field} is not in {name} ("1" is not 1)'] = [
-            place for place, record in annotations.items() if record.get(field) not in places[name]]
+            or places.setdefault(record["id"], place) != place]
+        if field != "id":
+            faults[f'annotations whose {field} is not in {name} ("1" is not 1)'] = [
+                place for place, record in annotations.items() if record.get(field) not in places]
     faults["annotations without numbers as bbox, area and iscrowd"] = [
         place for place, record in annotations.items()
         if any(to_floats(values) != values for values in (
@@ -375,17 +368,12 @@ def draw_readings(bbox, size, fractions, titles, photos, readings, fit):
 
 
 def draw_classes(classes):
-    shown = classes[:81]
-    columns = [shown[start:start + 27] for start in range(0, len(shown), 27)]
-    figure, panels = plt.subplots(1, len(columns), squeeze=False, sharex=True,
-                                  figsize=(2 + 2.8 * len(columns), 0.8 + 0.17 * len(columns[0])))
-    figure.suptitle(f"boxes of {len(shown)} of {len(classes)} classes, the most frequent first")
-    for axes, column in zip(panels[0], columns):
-        _, names, counts, _ = zip(*column)
-        axes.bar_label(axes.barh(range(len(counts)), counts, color=BLUE), fmt=" {:,.0f}")
-        axes.set_yticks(range(len(counts)), names)
-        axes.set_ylim(len(columns[0]) - 0.4, -0.6)
-        axes.margins(x=0.2)
+    _, names, counts, _ = zip(*classes[:80])
+    figure, axes = plt.subplots(figsize=(2 + 0.17 * len(names), 4))
+    axes.bar(range(len(names)), counts, color=BLUE)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set(ylabel="boxes", title=f"{len(names)} of {len(classes)} classes")
+    axes.margins(x=0.01)
     return figure
 
 
@@ -460,7 +448,7 @@ def count_classes(boxes, names):
 
 
 def analyse(args):
-    """The report, {file name: text or figure}."""
+    """Returns {file name: text or figure}."""
     kind, tables, class_key, boxes, unusable, names = load(args.file)
     classes, assumed = count_classes(boxes, names)
     bbox = np.array([box.bbox for box in boxes], float)  # (N, 4)
@@ -515,28 +503,25 @@ def analyse(args):
     names = {key: name for key, name, *_ in classes}
     other = "xywh" if reading != "xywh" else max(list(fit)[1:], key=fit.get)
     return {
-        "report.md": "\n\n".join(filter(None, report)) + "\n",
         "readings.png": draw_readings(
             bbox, size, fractions, [names[b.label] for b in boxes], photos, [other, reading], fit),
         "class_distribution.png": draw_classes(classes),
         "bbox_distribution.png": draw_centres(box[good], true_size[good]),
         "bbox_wh.png": draw_sizes(wh, anchors[max(anchors)][0], unit),
         "anchors.png": draw_anchors(anchors, unit),
+        "report.md": "\n\n".join(filter(None, report)) + "\n",
     }
 
 
 def write(files, out):
-    """Writes {file name: text or figure} into a folder: all or none."""
-    plt.close("all")  # figures can still be saved
+    """Writes {file name: text or figure} into a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".analysis-", dir=out) as folder:
-        for name, content in files.items():
-            if isinstance(content, str):
-                Path(folder, name).write_bytes(content.encode())
-            else:
-                content.savefig(Path(folder, name))
-        for name in files:
-            Path(folder, name).replace(out / name)
+    for name, content in files.items():
+        if isinstance(content, str):
+            (out / name).write_text(content, "utf-8")
+        else:
+            content.savefig(out / name)
+            plt.close(content)
 
 
 def choose_folder(path):
@@ -562,6 +547,7 @@ def main():
     add("--images", metavar="FOLDER", help="draw boxes on the photographs in it")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Glyph .* missing")
+    gc.disable()  # with it, loading takes a third longer
     place = args.file
     try:
         with plt.rc_context({"font.size": 8, "savefig.bbox": "tight", "text.parse_math": False,

@@ -8,15 +8,15 @@ distance would favour large boxes; 1 - IoU ignores scale.
     2. jumps    replace an anchor by a box while the mean IoU rises: this leaves local maxima
     3. steps    make anchors slightly wider, narrower, taller, lower while the mean IoU rises
 
-Half of the searches omit k-means, which can lead them all to one local maximum. `python kmeans.py`
-prints the mean IoU of 500 made boxes after each stage, for k = 2 to 9:
+Half of the searches omit k-means, which can lead them all to one local maximum. The mean IoU of 500
+boxes with 8 anchors, for example (assets/measurements.md):
 
-    k  k-means  + jumps  + steps  without k-means  best of 20
-    8   0.5273   0.5761   0.5767           0.5807      0.5807
+    k-means  + jumps  + steps  without k-means  best of 20
+     0.5273   0.5761   0.5767           0.5807      0.5807
 
-WHY THE MEAN OF A CLUSTER IS NOT ITS BEST ANCHOR. It is for squared Euclidean distance. Take
-squares of side 1, 1 and 4. Their mean, side 2, has IoU 1/4 with each; their median, side 1, has
-0.69 on average. No formula, not even the median, is always best, so we search.
+WHY THE MEAN OF A CLUSTER IS NOT ITS BEST ANCHOR. Take squares of side 1, 1 and 4. Their mean, side
+2, has IoU 1/4 with each; their median, side 1, has 0.69 on average. No formula, not even the
+median, is always best, so we search.
 """
 
 import numpy as np
@@ -73,12 +73,6 @@ def climb(boxes, weights, anchors, propose):
     return anchors, score
 
 
-def jumps(boxes):
-    """For climb: proposes all boxes."""
-    similar = iou(boxes, boxes)
-    return lambda anchor: (boxes, similar)
-
-
 def step(boxes, weights, anchors, *sizes):
     """Climbs to neighbours of the anchors, relative sizes away. Returns as climb."""
     for size in sizes:
@@ -116,33 +110,15 @@ def kmeans(boxes, k, seed=0):
         raise ValueError(f"k = {k}, but there are {len(distinct)} distinct boxes")
     fine = merge(distinct, counts / len(boxes), max(FINE, 8 * k))
     coarse = [part.astype(np.float32) for part in merge(*fine, max(COARSE, 8 * k))]  # faster
-    jump, rng, found = jumps(coarse[0]), np.random.default_rng(seed), []
+    jumps = coarse[0], iou(coarse[0], coarse[0])
+    rng, found = np.random.default_rng(seed), []
     for number in range(STARTS):
         anchors = rng.permutation(coarse[0])[:k]
         if number % 2:
             anchors = plain_kmeans(*coarse, anchors)
-        anchors, _ = climb(*coarse, anchors, jump)
+        anchors, _ = climb(*coarse, anchors, lambda anchor: jumps)
         found.append(step(*fine, np.float64(anchors), 0.1))
     anchors, _ = max(found, key=lambda pair: pair[1])
     anchors, _ = step(*fine, anchors, 0.03, 0.01, 0.003)
     anchors = anchors[np.argsort(anchors.prod(axis=1))]
     return anchors, mean_best_iou(boxes, anchors)
-
-
-def main():
-    rng = np.random.default_rng(0)
-    boxes = np.exp(rng.normal(4, 1, (500, 2)))
-    data, jump = (boxes, np.ones(500) / 500), jumps(boxes)
-    print("k  k-means  + jumps  + steps  without k-means  best of 20")
-    for k in range(2, 10):
-        random = rng.permutation(boxes)[:k]
-        plain = plain_kmeans(*data, random)
-        jumped, score = climb(*data, plain, jump)
-        scores = [mean_best_iou(boxes, plain), score]
-        for anchors in jumped, climb(*data, random, jump)[0]:
-            scores.append(step(*data, anchors, 0.1, 0.03, 0.01, 0.003)[1])
-        print(k, "{:8.4f} {:8.4f} {:8.4f} {:16.4f} {:11.4f}".format(*scores, kmeans(boxes, k)[1]))
-
-
-if __name__ == "__main__":
-    main()
