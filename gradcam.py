@@ -5,9 +5,8 @@
     python gradcam.py runs/tiny-imagenet-resnet18 *.jpg        # your own pictures, of any size
     python gradcam.py runs/tiny-imagenet-resnet18 --evaluate   # are the maps on the objects?
 
-The first two write gradcam-predicted.png and gradcam-actual.png into the run's folder, the third
-prints the five most probable classes of each picture and draws the first ten in pictures.png, the
-last prints a table with a row per layer.
+The first two write gradcam-predicted.png and gradcam-actual.png into the run's folder; the third
+prints the five most probable classes of each picture and draws ten in pictures.png.
 
 Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) asks how much the score of a class would grow if
 a feature map were stronger. That gradient, averaged over positions, is the weight of the map. The

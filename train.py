@@ -2,10 +2,9 @@
 
     python train.py --dataset shapes                  # no download: the full pipeline in minutes
     python train.py --epochs 50                       # Tiny ImageNet: 61.1 %, 6 minutes on an H100
-    python train.py --dataset folder --data-dir photos        # your own, a folder for each class
+    python train.py --dataset folder --data-dir photos --weights runs/tiny-imagenet-resnet18
     python train.py --resume runs/tiny-imagenet-resnet18
     torchrun --nproc_per_node=4 train.py              # several GPUs
-    python train.py --dataset folder --data-dir photos --weights runs/tiny-imagenet-resnet18
 
 prints a row for each epoch and writes into runs/tiny-imagenet-resnet18, or a similar new folder:
 report.md and its pictures, classes.csv, history.csv, and the checkpoints last.pt and best.pt.
@@ -114,7 +113,7 @@ def fit(learner, batches, val_batches, history, args, folder):
     """
     network, optimizer, scaler, dtype = learner
     dataset = batches.dataset
-    replica = network  # or its wrapper: averages gradients, copies BatchNorm's running statistics
+    replica = network  # or its wrapper, which averages gradients over processes
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(network)
     progress = data.Progress(quiet=folder is None)
