@@ -217,21 +217,13 @@ def inside(box, size):
     return ((start >= -1) & (end > start) & (end <= size + 1)).all(axis=1)
 
 
-def are_fractions(bbox):
-    sides = bbox[:, 2:][bbox[:, 2:] > 0]
-    if not len(sides):
-        raise BadInput("no box has an area")
-    return bool(np.median(sides) <= 1)
-
-
 def find_readings(bbox, size, fractions, shape=0):
     """bbox (N, 4) as in the file; size (N, 2) of the images, NaN where unknown; shape: positive if
-    photographs confirm which side is longer, negative if they deny it. Returns the possible
-    readings, and {reading: share of the boxes inside}.
+    photographs confirm which side is longer, negative if they deny it -> the possible readings,
+    {reading: share of the boxes inside}.
     """
-    sized = np.isfinite(size).any()
+    sized, fit, reach = np.isfinite(size).any(), {}, {}
     frame = size if sized else np.full_like(size, np.inf)
-    fit, reach = {}, {}
     for key in READINGS:
         box, true_frame = to_xywh(bbox, frame, key, fractions)
         fit[key] = inside(box, true_frame).mean()
@@ -321,7 +313,7 @@ def at_input(wh, size, side, resize):
 
 
 def find_anchors(wh, side, asked):
-    """{k: (anchors (k, 2), mean IoU)}, k at most the number of distinct boxes."""
+    """{k: (anchors (k, 2), mean IoU)} for k up to the number of distinct boxes."""
     found, distinct = {}, len(np.unique(wh, axis=0))
     for k in sorted({min(k, distinct) for k in asked}):
         anchors = np.array([[float(f"{side:.3g}") for side in row] for row in kmeans(wh, k)[0]])
@@ -336,7 +328,7 @@ BLUE, RED = "#3b6ea8", "#d1495b"
 
 
 def open_photos(boxes, folder):
-    """{row of a box: photograph}, of a dozen images; without a folder, {row: None}."""
+    """{row of a box: photograph, or None without a folder}, of a dozen images."""
     first = {}
     for row, box in enumerate(boxes):
         first.setdefault(Path(folder or "", box.file_name), row)
@@ -453,7 +445,7 @@ def analyse(args):
     classes, assumed = count_classes(boxes, names)
     bbox = np.array([box.bbox for box in boxes], float)  # (N, 4)
     size = np.array([box.size for box in boxes], float)  # (N, 2)
-    fractions = are_fractions(bbox)
+    fractions = bool(np.median(bbox[:, 2:][bbox[:, 2:] > 0]) <= 1)
     size = np.nan_to_num(size, nan=args.size) if fractions else size
     photos = open_photos(boxes, args.images)
     shape = np.nansum([np.sign(photo.width - photo.height) * np.sign(size[row] @ (1, -1))
@@ -546,7 +538,7 @@ def main():
     add("--bbox-format", choices=READINGS, help="what bbox is")
     add("--images", metavar="FOLDER", help="draw boxes on the photographs in it")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", "Glyph .* missing")
+    warnings.simplefilter("ignore")  # of fonts that lack a letter
     gc.disable()  # with it, loading takes a third longer
     place = args.file
     try:
