@@ -1,13 +1,13 @@
-"""The networks, written by hand, and a table of what each of their layers does.
+"""The networks, written by hand, and a table of their layers.
 
     python model.py                               # ResNet18 and CustomResNet on 64x64 images
     python model.py --stem-stride 4 --image-size 224 --num-classes 1000     # ImageNet's ResNet18
 
-prints for each layer its output shape, parameters, receptive field and multiply-adds; each table
-ends with `ResNet18: 11,279,112 parameters, 2,253 million multiply-adds ...`.
+prints for each layer its output shape, parameters, receptive field and multiply-adds, and last
+`ResNet18: 11,279,112 parameters, 2,253 million multiply-adds per image`.
 """
 import argparse
-import copy
+import math
 import os
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class BasicBlock(nn.Module):
     blocks can be trained.
     """
 
-    def __init__(self, in_channels, out_channels, stride):
+    def __init__(self, in_channels, out_channels, stride=1):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -49,12 +49,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet18: images (N, 3, H, W) float -> logits (N, num_classes).
+    """Images (N, 3, H, W) float -> logits (N, num_classes).
 
     The state_dict is interchangeable with torchvision.models.resnet18's, for every stem_stride.
 
-    stem_stride: by how much the stem (conv1 and maxpool) shrinks the image. 4 is the original, made
-    for 224x224 images; it leaves 16x16 of the 64x64 positions. 2 omits the pooling, 1 the stride of
+    stem_stride 4 is the original, made for 224x224 images; 2 omits the pooling, 1 the stride of
     conv1 as well, each for about four times the multiply-adds.
     """
 
@@ -64,10 +63,10 @@ class ResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem_stride == 4 else nn.Identity()
-        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
-        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
-        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
-        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
+        self.layer1 = nn.Sequential(BasicBlock(64, 64), BasicBlock(64, 64))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, stride=2), BasicBlock(128, 128))
+        self.layer3 = nn.Sequential(BasicBlock(128, 256, stride=2), BasicBlock(256, 256))
+        self.layer4 = nn.Sequential(BasicBlock(256, 512, stride=2), BasicBlock(512, 512))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512, num_classes)
         initialise(self)
@@ -75,15 +74,14 @@ class ResNet18(nn.Module):
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))        # (N, 64, H/stem, W/stem)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))   # (N, 512, H/8/stem, W/8/stem)
-        return self.fc(self.avgpool(x).flatten(1))                  # (N, num_classes)
+        return self.fc(self.avgpool(x).flatten(1))
 
 
 # --------------------------------------------------------------------------------------------------
-# CustomResNet: the second network of the course assignment, in the style of DAWNBench
+# CustomResNet: the assignment's second network, in the style of DAWNBench
 
 
 def conv_bn_relu(in_channels, out_channels, kernel_size, stride=1, padding=0, pool=False):
-    """A convolution with bias, a 4x4 max-pool of stride 2 if asked for, BatchNorm and ReLU."""
     layers = [nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)]
     if pool:
         layers.append(nn.MaxPool2d(4, stride=2))
@@ -124,7 +122,7 @@ class CustomResNet(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Initialisation, forward pass
+# Initialisation, forward pass, devices, checkpoints
 
 
 def initialise(network):
@@ -148,10 +146,6 @@ def forward(network, images, dtype=torch.float32):
         return network(images).float()
 
 
-# --------------------------------------------------------------------------------------------------
-# Devices and checkpoints
-
-
 def choose_device(name="auto"):
     """Returns a torch.device; "auto" is the GPU, if there is one. Raises UsageError."""
     if name == "auto":
@@ -162,8 +156,8 @@ def choose_device(name="auto"):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: {reason}: try --device cpu") from error
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}: try --device cpu"
+                         ) from error
 
 
 def choose_dtype(precision, device):
@@ -178,15 +172,15 @@ def choose_dtype(precision, device):
 
 
 def read(path):
-    """Reads a dict that torch.save wrote into a file, or into last.pt in a run's folder. Never runs
-    code from the file. Raises UsageError.
+    """Reads a dict that torch.save wrote: a file, or last.pt in a run's folder. Never runs code
+    from it. Raises UsageError.
     """
     path = Path(path, "last.pt") if Path(path).is_dir() else path
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         reason = "no such file"
-    except Exception:  # torch.load raises a dozen types for damaged and foreign files
+    except Exception:  # damaged and foreign files raise a dozen types
         reason = "damaged, or not written by train.py"
     raise UsageError(f"{path}: {reason}: choose another file, or train again")
 
@@ -200,19 +194,18 @@ def load_checkpoint(path):
 
 
 def load_weights(network, path, class_names):
-    """Copies the weights of a run's folder, a checkpoint or a state_dict into the network: of all
-    layers, or of all but the last if the classes are not the same. Returns that in words.
-
-    Raises UsageError if another layer is missing or has another shape.
+    """Copies the weights of a run, a checkpoint or a state_dict into the network, those of the last
+    layer only if the classes are the same. Returns that in words. Raises UsageError if others do
+    not fit.
     """
     source, own = read(path), network.state_dict()
-    last = [] if source.get("classes") == class_names else list(own)[-2:]  # weight and bias
+    same = source.get("classes") == class_names
+    last = {} if same else dict(list(own.items())[-2:])  # weight and bias
     try:
-        network.load_state_dict(source.get("model", source) | {name: own[name] for name in last})
+        network.load_state_dict(source.get("model", source) | last)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:200]
-        raise UsageError(f"--weights {path}: {reason}: choose weights of the same network"
-                         ) from error
+        raise UsageError(f"--weights {path}: {str(error).splitlines()[1].strip()[:200]}: choose "
+                         "weights of the same network") from error
     return f"the weights of {path}, all layers" + bool(last) * " but the last"
 
 
@@ -237,68 +230,51 @@ def place(network, device):
 # The table
 
 
-@torch.no_grad()
-def observe(network, images):
-    """Runs a copy of the network. Returns {name: (layer, input, output)} in order of use."""
-    network, seen = copy.deepcopy(network).eval(), {}
-    for name, layer in network.named_modules():
-        if not list(layer.children()) and not isinstance(layer, (nn.ReLU, nn.Identity)):
-            layer.register_forward_hook(lambda layer, inputs, output, name=name:
-                                        seen.update({name: (layer, inputs[0], output)}))
-    network(images)
-    return seen
+def print_table(network, image_size):
+    """Prints a row for each layer but ReLU.
 
-
-def receptive_fields(layers):
-    """layers of observe -> {layer's name: side in pixels}, up to the global average pool.
-
-    Neighbours of a layer's input are `jump` pixels apart, so a kernel adds (kernel - 1) * jump. Of
-    parallel paths the longest counts (Araujo et al.,
+    Neighbours in a layer's input are `jump` pixels apart, so a kernel adds (kernel - 1) * jump to
+    the receptive field. Of parallel paths the longest counts (Araujo et al.,
     https://distill.pub/2019/computing-receptive-fields).
     """
-    fields, ends = {}, {}  # ends: id of a tensor -> (field, jump)
-    for name, (layer, image, output) in layers.items():
+    from torch.fx.passes.shape_prop import ShapeProp  # here, as it imports sympy
+    title, total, reach = type(network).__name__, 0, {}  # reach: operation -> (field, jump)
+    print(f"{title:24}{'output shape':>16}{'parameters':>14}{'receptive field':>18}"
+          f"{'multiply-adds':>16}")
+    layers, traced = dict(network.named_modules()), torch.fx.symbolic_trace(network.eval())
+    ShapeProp(traced).propagate(torch.zeros(1, 3, image_size, image_size))
+    for node in traced.graph.nodes:
+        layer, shape = layers.get(node.target), node.meta["tensor_meta"].shape[1:]
+        kernel, stride = (np.max(getattr(layer, key, 1)) for key in ("kernel_size", "stride"))
         if isinstance(layer, nn.AdaptiveAvgPool2d):
-            break
-        # a sum of paths is the output of no layer, and contains all layers before
-        field, jump = ends.setdefault(id(image), max(ends.values(), default=(1, 1)))
-        kernel, stride = (int(np.max(getattr(layer, key, 1))) for key in ("kernel_size", "stride"))
-        fields[name] = field + (kernel - 1) * jump
-        ends[id(output)] = fields[name], jump * stride
-    return fields
-
-
-def print_table(network, image_size):
-    """Prints shape, parameters, receptive field and multiply-adds of each layer."""
-    def parameters(module):
-        return sum(p.numel() for p in module.parameters())
-
-    layers = observe(network, torch.zeros(1, 3, image_size, image_size))
-    fields, total, title = receptive_fields(layers), 0, type(network).__name__
-    print(f"{title} on {image_size}x{image_size} images\n\n{'layer':24}{'output shape':>16}"
-          f"{'parameters':>14}{'receptive field':>18}{'multiply-adds':>16}")
-    for name, (layer, _, output) in layers.items():
+            kernel = math.inf
+        field, jump = max(map(reach.get, node.all_input_nodes), default=(1, 1))
+        field += (kernel - 1) * jump
+        reach[node] = field, jump * stride
+        if layer is None or isinstance(layer, (nn.ReLU, nn.Identity)):
+            continue
         multiply_adds = 0
         if isinstance(layer, (nn.Conv2d, nn.Linear)):  # an output value uses its channel's weights
-            multiply_adds = output.numel() * layer.weight[0].numel()
+            multiply_adds = shape.numel() * layer.weight[0].numel()
         total += multiply_adds
-        print(f"{name:24}{' x '.join(map(str, output.shape[1:])):>16}{parameters(layer):14,}"
-              f"{fields.get(name, 'whole image'):>18}{multiply_adds:16,}")
-    print(f"\n{title}: {parameters(network):,} parameters, {total / 1e6:,.0f} million "
-          f"multiply-adds per image, receptive field {max(fields.values())} before the global "
-          "average pool\n")
+        parameters = sum(map(torch.numel, layer.parameters()))
+        print(f"{node.target:24}{' x '.join(map(str, shape)):>16}{parameters:14,}"
+              f"{field if field < math.inf else 'whole image':>18}{multiply_adds:16,}")
+    parameters = sum(map(torch.numel, network.parameters()))
+    print(f"\n{title}: {parameters:,} parameters, {total / 1e6:,.0f} million multiply-adds per "
+          "image\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prints the networks, layer by layer.")
+    parser = argparse.ArgumentParser(description="Prints the networks' layers.")
     parser.add_argument("--num-classes", type=int, default=200, help="200")
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels, from 22: 64")
     parser.add_argument("--stem-stride", type=int, default=1, choices=(4, 2, 1), help="1")
     args = parser.parse_args()
     for name in MODELS:
         print_table(create(name, args.num_classes, args.stem_stride), args.image_size)
-    print("The assignment gives CustomResNet's receptive field as 122, the sum over all layers.\n"
-          "Of parallel paths, however, only the longest counts.")
+    print("The assignment's 122 for CustomResNet's receptive field is the sum over all layers; of "
+          "parallel paths, only the longest counts.")
 
 
 if __name__ == "__main__":
