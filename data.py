@@ -1,9 +1,9 @@
 """The data: image files become one uint8 tensor, and that becomes augmented batches on the device.
 
-    python data.py                              # downloads Tiny ImageNet, decodes it, describes it
-    python data.py --dataset shapes             # the built-in data set; no download
+    python data.py                              # downloads Tiny ImageNet
+    python data.py --dataset shapes             # no download
     python data.py --dataset folder --data-dir photos       # one folder of pictures per class
-    python data.py --export-coco boxes.json     # its bounding boxes as a COCO file
+    python data.py --export-coco boxes.json     # the bounding boxes as a COCO file
 
 prints the numbers of images and classes and the size of each split, and writes samples.png.
 """
@@ -19,6 +19,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 Image.MAX_IMAGE_PIXELS = None              # telephones take photographs of 200 megapixels
 plt.rcParams["text.parse_math"] = False    # class names may contain a $
@@ -47,17 +48,16 @@ class UsageError(Exception):
 
 class Dataset(NamedTuple):
     images: torch.Tensor        # (N, 3, size, size) uint8; size is 64, or more for a folder
-    labels: torch.Tensor        # (N,) int64, 0 ... number of classes - 1
-    boxes: torch.Tensor         # (N, 4) int64: x0, y0, x1, y1 in pixels; x1 and y1 are exclusive;
-                                # None for a folder of pictures
-    official_val: torch.Tensor  # (N,) bool: belongs to the given validation set
-    class_names: list           # label -> name, "goldfish"
-    digest: str = ""            # of the files of a folder, in order
-    notes: str = ""             # what was found in a folder, and what was left out
+    labels: torch.Tensor        # (N,) int64
+    boxes: torch.Tensor         # None, or (N, 4) int64: x0, y0, x1, y1 in pixels, the last exclusive
+    official_val: torch.Tensor  # (N,) bool: in the given validation set
+    class_names: list           # label -> name
+    digest: str = ""            # of a folder's files
+    notes: str = ""             # what was found in a folder, and left out
 
 
 def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None, size=SIZE):
-    """Returns a Dataset, of the first `classes` classes only if that is given. Raises UsageError.
+    """Returns a Dataset, if asked of the first `classes` classes only. Raises UsageError.
 
     "shapes" is drawn from seed, "folder" is data_dir itself, read as size x size pixels,
     "tiny-imagenet" is in data_dir, and downloaded if missing.
@@ -77,20 +77,16 @@ def load(name="tiny-imagenet", data_dir="data", seed=0, classes=None, size=SIZE)
 
 def require_same(dataset, checkpoint, data_dir):
     """Raises UsageError if a run had other data: its validation images would be others, too."""
-    if dataset.class_names != checkpoint["classes"]:
-        raise UsageError(f"{data_dir}: has other classes than the run: name its data with "
-                         "--data-dir")
-    if dataset.digest != checkpoint["digest"]:
-        raise UsageError(f"{data_dir}: the pictures are not those of the run, so some for "
-                         "validation were trained on: restore them, or start a new run")
+    if (dataset.class_names, dataset.digest) != (checkpoint["classes"], checkpoint["digest"]):
+        raise UsageError(f"{data_dir}: the pictures are not those of the run, or in other classes: "
+                         "name the run's with --data-dir, restore them, or start a new run")
 
 
 def split(dataset, kind="70-30", seed=0):
     """Returns the indices of the training and of the validation images, two int64 tensors.
 
-    "70-30" draws 70 % of each class (385 of its 550 images) with seed: the assignment's split,
-    stratified. "official" is the data set's own, 100,000 and 10,000 images, which papers report.
-    A folder with validation pictures is always split as given.
+    "70-30" draws 70 % of each class with seed, "official" is the data set's own split. A folder
+    with validation pictures is split as given.
     """
     if kind == "official" or dataset.digest and dataset.official_val.any():
         return torch.where(~dataset.official_val)[0], torch.where(dataset.official_val)[0]
@@ -106,7 +102,7 @@ def split(dataset, kind="70-30", seed=0):
 
 
 def shuffled(indices):
-    """The indices (N,) in a random order that is the same in every call."""
+    """The indices (N,) in a random order, the same in every call."""
     return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
 
 
@@ -122,22 +118,12 @@ def tiny_imagenet(data_dir):
     if not source.exists():
         download(archive)
     try:
-        if source == cache:
-            # mmap: pages of the 1.4 GB are read when they are used, and shared between processes
+        if source == cache:  # mmap: its 1.4 GB are read when used, and shared between processes
             return Dataset(**torch.load(cache, mmap=True, weights_only=True))
-        if source == archive:  # which need not be extracted
-            folder = zipfile.Path(archive) / FOLDER
-        class_names, rows = list_images(folder)
-        files, labels, boxes, official_val = zip(*rows)
-        images, _, errors = decode(files)
-        for error in errors.values():
-            raise error
+        dataset = read_tree(zipfile.Path(archive) / FOLDER if source == archive else folder)
     except Exception as error:  # damaged and incomplete files raise a dozen types
         raise UsageError(f"{source}: cannot be read ({str(error).split('. ')[0]}): if it is "
                          "damaged or incomplete, delete it and start again") from error
-    # the files give the last pixel inside: 0 0 63 63
-    boxes = torch.from_numpy(np.array(boxes, np.int64) + [0, 0, 1, 1])
-    dataset = Dataset(images, torch.tensor(labels), boxes, torch.tensor(official_val), class_names)
     try:
         with replacing(cache) as temporary:
             torch.save(dataset._asdict(), temporary)
@@ -157,17 +143,15 @@ def download(archive):
                          f"{archive} yourself, or try --dataset shapes") from error
 
 
-def list_images(folder):
-    """Reads the text files of a folder, a pathlib.Path or zipfile.Path. Returns the class names,
-    and a row for each image: path, label, box, is it an official validation image?
-    """
+def read_tree(folder):
+    """Returns the Dataset of a pathlib.Path or zipfile.Path."""
     def table(path):
         return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
 
     wnids = sorted(wnid for wnid, in table(folder / "wnids.txt"))
     words = dict(table(folder / "words.txt"))
     class_names = [words[wnid].split(",")[0] for wnid in wnids]  # "goldfish, Carassius auratus"
-    rows = []
+    rows = []  # path, label, box, is it an official validation image?
     for label, wnid in enumerate(wnids):
         part = folder / "train" / wnid
         rows += [(part / "images" / file, label, box, False)
@@ -175,7 +159,13 @@ def list_images(folder):
     part = folder / "val"
     rows += [(part / "images" / file, wnids.index(wnid), box, True)
              for file, wnid, *box in sorted(table(part / "val_annotations.txt"))]
-    return class_names, rows
+    files, labels, boxes, official_val = zip(*rows)
+    images, _, errors = decode(files)
+    for error in errors.values():
+        raise error
+    # the files give the last pixel inside: 0 0 63 63
+    boxes = torch.from_numpy(np.array(boxes, np.int64) + [0, 0, 1, 1])
+    return Dataset(images, torch.tensor(labels), boxes, torch.tensor(official_val), class_names)
 
 
 def decode(files, size=SIZE):
@@ -188,10 +178,7 @@ def decode(files, size=SIZE):
             digests[index] = hashlib.sha256(content).hexdigest()
             images[index] = read_picture(io.BytesIO(content), size)
         except Exception as error:  # Pillow raises a dozen types
-            reason = getattr(error, "strerror", None) or error
-            if isinstance(error, UnidentifiedImageError):
-                reason = "not a picture that Pillow reads"
-            errors[index] = OSError(f"{files[index]}: {reason}")
+            errors[index] = OSError(f"{files[index]}: {str(error).split(' <')[0]}")
 
     images, errors = torch.empty(len(files), 3, size, size, dtype=torch.uint8), {}
     digests, progress = [""] * len(files), Progress()
@@ -202,8 +189,8 @@ def decode(files, size=SIZE):
 
 
 def read_picture(file, size=SIZE):
-    """Reads the central square of a picture of any size: a path or binary file -> (3, size, size)
-    uint8. Raises what Pillow raises.
+    """The central square of a picture, a path or binary file -> (3, size, size) uint8. Raises what
+    Pillow raises.
 
     Transparent pixels become white; greys of 16 or 32 bits are scaled to their own range.
     """
@@ -224,7 +211,7 @@ def read_picture(file, size=SIZE):
 # --------------------------------------------------------------------------------------------------
 # Your own photographs
 
-SPLITS = {"train"}, {"val", "valid", "validation"}, {"test"}  # names of folders
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def list_folder(path):
@@ -232,18 +219,16 @@ def list_folder(path):
 
     The folder has a folder for each class, or train/ and perhaps val/ that have them.
     """
-    parts = [file.relative_to(path).parts for file in sorted(path.glob("**/*")) if file.is_file()]
-    parts = [names for names in parts if len(names) > 1 and not any(
-        name.startswith(".") or name == "__MACOSX" for name in names)]
-    tops = {names[0] for names in parts}
-    train, val, test = ({top for top in tops if top.lower() in split} for split in SPLITS)
-    nested = [names for names in parts if len(names) > 2]
-    if (val or test or tops == train) and any(names[0] in train for names in nested):
-        return [(path.joinpath(*names), names[1], names[0] in val)
-                for names in nested if names[0] in train | val]
-    if len(tops) == 1 and nested:
-        raise UsageError(f"{path}: has one folder only: try --data-dir {path.joinpath(*tops)}")
-    return [(path.joinpath(*names), names[0], False) for names in parts]
+    rows = []
+    for file in sorted(map(Path, glob("**", root_dir=path, recursive=True))):
+        top, *inner = file.parts
+        if inner and (path / file).is_file():
+            rows.append((path / file, SPLITS.get(top.lower()), top, *inner))
+    nested = [row for row in rows if len(row) > 4]
+    if {row[1] for row in rows} != {"train", None} and any(row[1] == "train" for row in nested):
+        return [(file, name, split == "val") for file, split, _, name, *_ in nested
+                if split in ("train", "val")]
+    return [(file, top, False) for file, _, top, *_ in rows]
 
 
 def folder(path, size=SIZE):
@@ -252,19 +237,18 @@ def folder(path, size=SIZE):
     Of equal files one counts, for validation if possible; none if they are in several classes.
     """
     rows = sorted(list_folder(path), key=lambda row: not row[2])  # validation first
-    files, classes, is_val = zip(*rows) if rows else ((), (), ())
-    names = sorted(set(classes))
+    names = sorted({name for _, name, _ in rows})
     needed = f"{path}: needs a folder for each of several classes, each with several pictures"
     if len(names) < 2:
         raise UsageError(f"{needed} (found: {', '.join(names) or 'none'})")
+    files, classes, is_val = zip(*rows)
     images, digests, errors = decode(files, size)
     classes_of, kept, left_out = {}, {}, {}
     for digest, name in zip(digests, classes):
         classes_of.setdefault(digest, set()).add(name)
     for index, (file, digest) in enumerate(zip(files, digests)):
         if index in errors:
-            is_picture = Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
-            reason = "damaged" if is_picture else f"{file.suffix} files"
+            reason = f"unreadable {file.suffix} files"
         elif len(classes_of[digest]) > 1:
             reason = "in several classes"
         elif kept.setdefault(digest, index) != index:
@@ -276,23 +260,22 @@ def folder(path, size=SIZE):
                 for reason, files in left_out.items()]
 
     indices = list(kept.values())
-    labels = torch.tensor([names.index(classes[index]) for index in indices])
-    official_val = torch.tensor([is_val[index] for index in indices])
-    given = bool(official_val.any())
-    for part in [labels[official_val], labels[~official_val]] if given else [labels]:
-        counts = part.bincount(minlength=len(names))
-        if counts.min() < 2 - given:
-            needed += f"{', in train/ as in val/' * given} ({names[counts.argmin()]} has "
-            raise UsageError("; ".join([f"{needed}{counts.min()})", *left_out]))
-    counts = labels.bincount()
-    found = (f"{path}: {len(labels):,} pictures of {len(names)} classes, {counts.min():,} to "
-             f"{counts.max():,} of each, median {counts.median():,}; ")
-    found += (f"{official_val.sum():,} are given for validation" if given else
-              "split 70/30, as there is no val/")
+    labels = torch.tensor([names.index(name) for name in classes])[indices]
+    official_val = torch.tensor(is_val)[indices]
     digest = hashlib.sha256(repr([*kept, labels.tolist(), official_val.tolist()]).encode())
     names = [os.fsencode(name).decode(errors="replace") for name in names]  # of old archives
-    return Dataset(images[indices], labels, None, official_val, names, digest.hexdigest(),
-                   "\n- ".join([found, *left_out]))
+    dataset = Dataset(images[indices], labels, None, official_val, names, digest.hexdigest())
+    for part, members in zip(("training", "validation"), split(dataset)):
+        counts = labels[members].bincount(minlength=len(names))
+        if not counts.min():
+            needed += f" ({names[counts.argmin()]} has none for {part})"
+            raise UsageError("; ".join([needed, *left_out]))
+    counts = labels.bincount()
+    found = (f"{path}: {len(labels):,} pictures of {len(names)} classes, {counts.min():,} to "
+             f"{counts.max():,} of each; " + (
+                 f"{official_val.sum():,} are given for validation" if official_val.any() else
+                 "split 70/30, as there is no val/"))
+    return dataset._replace(notes="\n- ".join([found, *left_out]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,7 +298,7 @@ SHAPES = {
 
 
 def shapes(seed=0, per_class=550):
-    """Draws a Dataset of per_class images of each of the ten SHAPES, in about three seconds.
+    """Draws a Dataset of per_class images of each of the SHAPES.
 
     Colour, texture, size, position, rotation and background do not depend on the class.
     """
@@ -326,7 +309,7 @@ def shapes(seed=0, per_class=550):
     images = np.empty((count, 3, SIZE, SIZE), np.uint8)
     boxes = np.empty((count, 4), np.int64)
 
-    def stripes():  # a wave of random direction, width and strength
+    def stripes():
         kx, ky = rng.uniform(-0.8, 0.8, 2)
         phase = kx * pixel_x + ky * pixel_y
         return rng.uniform(0, 12) * np.sin(phase + rng.uniform(0, 6))
@@ -357,8 +340,7 @@ class Batches:
     """The images of a split, in batches on the device.
 
     The data set stays in memory as uint8, so a batch is an index operation and needs no worker
-    processes. The random numbers of an epoch depend on seed and epoch only, so a resumed run sees
-    the same batches as an uninterrupted one.
+    processes. Random numbers depend on seed and epoch only, so a resumed run sees the same batches.
     """
     dataset: Dataset
     indices: torch.Tensor   # (N,) int64
@@ -376,29 +358,26 @@ class Batches:
         return math.floor(count) if self.augment else math.ceil(count)
 
     def epoch(self, epoch, resolution):
-        """Yields images (B, 3, resolution, resolution) float32, labels (B,) int64, the labels
-        (B,) of the images that patches come from, the fraction (B,) of each image that is not
-        patched, and the indices (B,) of the images.
+        """Yields images (B, 3, resolution, resolution) float32, their labels (B,) int64, the other
+        labels and own fractions of cut_mix, and the images' indices (B,) int64.
         """
         dataset, order = self.dataset, self.indices
         if self.augment:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = order[torch.randperm(len(order), generator=generator)]
-            # nine random numbers for each image: five for its crop, four for CutMix
+            # of each image: five for its crop, four for CutMix
             uniform = torch.rand(len(order), 9, generator=generator).to(self.device)
         order = order[:len(self) * self.batch_size]
         labels = dataset.labels[order].to(self.device)
         places = order.to(dataset.images.device)
         for start in range(0, len(order), self.batch_size):
             part = slice(start + self.rank, start + self.batch_size, self.world_size)
-            images = dataset.images[places[part]].to(self.device)           # uint8
+            images = dataset.images[places[part]].to(self.device)
             others, own = labels[part], torch.ones(len(images), device=self.device)
+            theta = random_crops(uniform[part, :5], self.min_crop) if self.augment else None
+            images = prepare(images, resolution, theta)
             if self.augment:
-                theta = random_crops(uniform[part, :5], self.min_crop)
-                images = prepare(images, resolution, theta)
                 images, others, own = cut_mix(images, others, uniform[part, 5:], self.cutmix)
-            else:
-                images = prepare(images, resolution)
             yield images, labels[part], others, own, order[part]
 
 
@@ -406,9 +385,8 @@ def prepare(images, resolution, theta=None):
     """Images (N, 3, H, W) uint8 -> network input (N, 3, resolution, resolution) float32.
 
     theta (N, 2, 3) maps positions of the output to positions of the image, both in [-1, 1]: one
-    matrix crops, flips and resizes at once (Jaderberg et al. 2015, "Spatial Transformer Networks",
-    arXiv:1506.02025). The default is the whole image. Each output pixel is one sample: averaging
-    several (antialiasing) did not improve accuracy.
+    matrix crops, flips and resizes at once (Jaderberg et al. 2015, arXiv:1506.02025). The default
+    is the whole image.
     """
     count = len(images)
     if not count:  # of several processes' last batch
@@ -423,8 +401,8 @@ def prepare(images, resolution, theta=None):
 def random_crops(uniform, min_area):
     """Matrices (N, 2, 3) for prepare, from random numbers uniform (N, 5) in [0, 1].
 
-    Each is a crop of at least min_area, half of them flipped, which fills the whole input: objects
-    appear at many sizes and in part (Szegedy et al. 2014, arXiv:1409.4842).
+    Each is a crop of at least min_area, half of them flipped: objects appear at many sizes and in
+    part (Szegedy et al. 2014, arXiv:1409.4842).
     """
     area = min_area + (1 - min_area) * uniform[:, 0]
     # aspect ratios 3/4 ... 4/3, as far as width and height fit into the image
@@ -439,9 +417,8 @@ def random_crops(uniform, min_area):
 def cut_mix(images, labels, uniform, probability):
     """CutMix (Yun et al. 2019, arXiv:1905.04899): pastes a patch of another image into some images.
 
-    images (N, 3, H, W); labels (N,); uniform (N, 4): random numbers in [0, 1]. The other image of
-    the first is the last of the batch, and so on. Returns images, the other images' labels (N,),
-    and the fraction (N,) of each image that is its own.
+    images (N, 3, H, W); labels (N,); uniform (N, 4): random numbers in [0, 1]. Returns images, the
+    other images' labels (N,), and the fraction (N,) of each image that is its own.
     """
     size = uniform[:, 2].sqrt() * (uniform[:, 3] < probability)         # the area is uniform
     pixel = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
@@ -453,10 +430,8 @@ def cut_mix(images, labels, uniform, probability):
 
 
 def centre(images, min_crop):
-    """The centre of images (N, 3, S, S), as large as an average crop.
-
-    A network trained on crops expects objects as large as in the crops (Touvron et al. 2019,
-    arXiv:1906.06423).
+    """The centre of images (N, 3, S, S), as large as an average crop, so that objects are as large
+    as in training (Touvron et al. 2019, arXiv:1906.06423).
     """
     side = images.shape[-1]
     border = round(side * (1 - math.sqrt((1 + min_crop) / 2)) / 2)
@@ -488,7 +463,7 @@ class Progress:
         return time.monotonic() - self.shown > self.interval
 
     def show(self, text):
-        """Prints text if it is due."""
+
         if self.due():
             print(f"{text:79}", end=self.end, file=sys.stderr, flush=True)
             self.shown = time.monotonic()
@@ -496,9 +471,8 @@ class Progress:
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary path that replaces path at the end, so that path is always complete.
-
-    Raises UsageError if writing fails.
+    """Yields a temporary path that replaces path at the end, so path is always complete. Raises
+    UsageError.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes: two names
@@ -508,9 +482,8 @@ def replacing(path):
         yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"{path}: cannot be written ({reason}): check that {path.parent} "
-                         "can be written to and has space left") from error
+        raise UsageError(f"{path}: cannot be written ({str(error).splitlines()[0]}): check that "
+                         f"{path.parent} can be written to and has space left") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -572,16 +545,15 @@ def export_coco(dataset, path):
     """Writes the bounding boxes as a COCO instances file, one object in each image."""
     if dataset.boxes is None:
         raise UsageError("--export-coco: a folder of pictures has no bounding boxes")
-    images = [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE}
-              for i in range(len(dataset.labels))]
-    annotations = [{"id": i, "image_id": i, "category_id": label, "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-                   for i, (label, (x0, y0, x1, y1)) in enumerate(
-                       zip(dataset.labels.tolist(), dataset.boxes.tolist()))]
-    categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names)]
+    coco = {"images": [], "annotations": [], "categories": [
+        {"id": label, "name": name} for label, name in enumerate(dataset.class_names)]}
+    for i, (label, box) in enumerate(zip(dataset.labels.tolist(), dataset.boxes.tolist())):
+        x, y, width, height = *box[:2], box[2] - box[0], box[3] - box[1]
+        coco["images"].append({"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE})
+        coco["annotations"].append({"id": i, "image_id": i, "category_id": label, "iscrowd": 0,
+                                    "bbox": [x, y, width, height], "area": width * height})
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"images": images, "annotations": annotations,
-                                         "categories": categories}))
+        temporary.write_text(json.dumps(coco))
 
 
 def main():

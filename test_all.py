@@ -969,7 +969,7 @@ class GradCamCommand(InFolder):
         torch.save(self.checkpoint | {"size": 96}, "last.pt")
         with drawn_figures() as figures:
             _, out, err = call(gradcam, "--device", "cpu", ".", "bad.png", *names, "--out", "x.png")
-        self.assertRegex(err, "skipped bad.png: not a picture")
+        self.assertRegex(err, "skipped bad.png: cannot identify image file")
         blocks = re.findall(r"(\d+.png)\n((?: .*\n){5})", out)
         self.assertEqual([name for name, _ in blocks], names)
         rows = np.array(figures["x.png"].axes).reshape(5, 10)
@@ -1052,16 +1052,16 @@ class Folder(InFolder):
         shutil.copy("photos/cat/1.png", "photos/cat/1 copy.png")
         shutil.copy("photos/cat/2.png", "photos/ape/same.png")
         self.write("photos/.ipynb_checkpoints/1.png", "photos/ape/.x/1.png", "photos/ape/._1.png",
-                   "photos/__MACOSX/1.png", first=50)
+                   "photos/__MACOSX/._1.png", first=50)
         self.write("photos/ape/deep/a.jfif", "photos/ape/b", first=60)
         Path("photos/ape/notes.txt").write_text("text")
         Path("photos/ape/half.png").write_bytes(Path("photos/ape/1.png").read_bytes()[:60])
         self.assertEqual(self.describe()[:1] + self.describe()[2:], [
-            "photos: 19 pictures of 3 classes, 5 to 8 of each, median 6; split 70/30, as there is "
-            "no val/", "- left out, .txt files: 1 (photos/ape/notes.txt: not a picture that Pillow "
-            "reads)", "- left out, in several classes: 2 (photos/ape/same.png, photos/cat/2.png)",
+            "photos: 19 pictures of 3 classes, 5 to 8 of each; split 70/30, as there is no val/",
+            "- left out, unreadable .txt files: 1 (photos/ape/notes.txt: cannot identify image "
+            "file)", "- left out, in several classes: 2 (photos/ape/same.png, photos/cat/2.png)",
             "- left out, copies: 1 (photos/cat/1.png)"])
-        self.assertRegex(self.describe()[1], "^- left out, damaged: 1 .photos/ape/half.png: .+")
+        self.assertRegex(self.describe()[1], "^- left out, unreadable .png files: 1 .photos/ape/half.png: .+")
 
     def test_train_and_val_are_used_as_given(self):
         for val in ("val", "Valid", "validation"):
@@ -1127,11 +1127,11 @@ class Folder(InFolder):
                    "two/train/a/1.png", "two/train/b/1.png", "two/val/a/2.png")
         Path("few/cat/x.heic").write_text("text")
         for folder, *words in (("nowhere", "found: none"), ("photos/cat", "each of several"),
-                               ("one", "found: cat"), ("few", "cat has 1", ".heic files: 1"),
-                               ("two", "in train/ as in val/ (b has 0)"), (".", "several")):
+                               ("one", "found: cat"), ("few", "cat has none", ".heic files: 1"),
+                               ("two", "(b has none for validation)"), (".", "several")):
             self.assertRefused(call(data, "--dataset", "folder", "--data-dir", folder), *words)
         shutil.move("photos", "in/photos")
-        self.assertRefused(call(data, "--dataset", "folder", "--data-dir", "in"), "in/photos")
+        self.assertRefused(call(data, "--dataset", "folder", "--data-dir", "in"), "in: ", "found: photos")
         self.assertRefused(call(train, *self.flags[:2], "--data-dir", "in/photos", *self.flags[4:],
                                 "--split", "official"), "--split official")
 
