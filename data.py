@@ -23,7 +23,7 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["MPLBACKEND"] = "Agg"  # draws into files, also if a notebook has set another backend
+os.environ["MPLBACKEND"] = "Agg"  # draws into files, also in a notebook
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,19 +37,19 @@ plt.rcParams["text.parse_math"] = False    # class names may contain a $
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 FOLDER = "tiny-imagenet-200"
-CACHE = "tiny-imagenet-200.v3.pt"     # a new number whenever its content changes
-SIZE = 64                             # Tiny ImageNet's images have SIZE x SIZE pixels
+CACHE = "tiny-imagenet-200.v3.pt"     # a new number for new content
+SIZE = 64                             # pixels, the side of Tiny ImageNet's images
 MEAN, STD = 0.44, 0.28                # of Tiny ImageNet's pixels in [0, 1], all channels alike
 
 
 class UsageError(Exception):
-    """An error that the user can correct; the message says where it is and how to fix it."""
+    """An error that the user can correct; the message says where and how."""
 
 
 class Dataset(NamedTuple):
     images: torch.Tensor        # (N, 3, size, size) uint8; size is 64, or more for a folder
     labels: torch.Tensor        # (N,) int64
-    boxes: torch.Tensor         # None, or (N, 4) int64: x0, y0, x1, y1 in pixels, the last exclusive
+    boxes: torch.Tensor         # (N, 4) int64 pixels: x0, y0, exclusive x1, y1; folders: None
     official_val: torch.Tensor  # (N,) bool: in the given validation set
     class_names: list           # label -> name
     digest: str = ""            # of a folder's files
@@ -133,7 +133,7 @@ def tiny_imagenet(data_dir):
 
 
 def download(archive):
-    from torchvision.datasets.utils import download_url  # here, as importing it takes a second
+    from torchvision.datasets.utils import download_url  # slow to import
     print(f"downloading {URL}", file=sys.stderr)
     try:
         with replacing(archive) as temporary:
@@ -151,7 +151,7 @@ def read_tree(folder):
     wnids = sorted(wnid for wnid, in table(folder / "wnids.txt"))
     words = dict(table(folder / "words.txt"))
     class_names = [words[wnid].split(",")[0] for wnid in wnids]  # "goldfish, Carassius auratus"
-    rows = []  # path, label, box, is it an official validation image?
+    rows = []
     for label, wnid in enumerate(wnids):
         part = folder / "train" / wnid
         rows += [(part / "images" / file, label, box, False)
@@ -463,7 +463,6 @@ class Progress:
         return time.monotonic() - self.shown > self.interval
 
     def show(self, text):
-
         if self.due():
             print(f"{text:79}", end=self.end, file=sys.stderr, flush=True)
             self.shown = time.monotonic()
@@ -519,7 +518,7 @@ def run_command(main):
 
 
 def draw_samples(dataset, path):
-    """Draws five images of each of five classes, with their boxes if there are any."""
+    """Draws five images of each of five classes, with their boxes if any."""
     rng = np.random.default_rng(0)
     labels = np.sort(rng.permutation(len(dataset.class_names))[:5])
     figure, axes = plt.subplots(len(labels), 5, figsize=(8, 1.92 * len(labels)),
@@ -542,7 +541,7 @@ def draw_box(axis, box, colour):
 
 
 def export_coco(dataset, path):
-    """Writes the bounding boxes as a COCO instances file, one object in each image."""
+    """Writes the bounding boxes as a COCO instances file."""
     if dataset.boxes is None:
         raise UsageError("--export-coco: a folder of pictures has no bounding boxes")
     coco = {"images": [], "annotations": [], "categories": [

@@ -1061,7 +1061,8 @@ class Folder(InFolder):
             "- left out, unreadable .txt files: 1 (photos/ape/notes.txt: cannot identify image "
             "file)", "- left out, in several classes: 2 (photos/ape/same.png, photos/cat/2.png)",
             "- left out, copies: 1 (photos/cat/1.png)"])
-        self.assertRegex(self.describe()[1], "^- left out, unreadable .png files: 1 .photos/ape/half.png: .+")
+        self.assertRegex(self.describe()[1],
+                         "^- left out, unreadable .png files: 1 .photos/ape/half.png: .+")
 
     def test_train_and_val_are_used_as_given(self):
         for val in ("val", "Valid", "validation"):
@@ -1131,7 +1132,7 @@ class Folder(InFolder):
                                ("two", "(b has none for validation)"), (".", "several")):
             self.assertRefused(call(data, "--dataset", "folder", "--data-dir", folder), *words)
         shutil.move("photos", "in/photos")
-        self.assertRefused(call(data, "--dataset", "folder", "--data-dir", "in"), "in: ", "found: photos")
+        self.assertRefused(call(data, "--dataset", "folder", "--data-dir", "in"), "found: photos")
         self.assertRefused(call(train, *self.flags[:2], "--data-dir", "in/photos", *self.flags[4:],
                                 "--split", "official"), "--split official")
 
