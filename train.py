@@ -107,9 +107,8 @@ class Learner(NamedTuple):
 
 
 def fit(learner, batches, val_batches, history, args, folder):
-    """The training loop: epochs len(history) + 1 ... args.epochs; appends a row each to history.
-
-    Writes into folder, which is None in all processes but the first.
+    """The training loop: appends a row to history for each epoch up to args.epochs. Writes into
+    folder, which is None in all processes but the first.
     """
     network, optimizer, scaler, dtype = learner
     dataset = batches.dataset
@@ -150,7 +149,7 @@ def fit(learner, batches, val_batches, history, args, folder):
             raise UsageError(f"the loss is {train_loss} in epoch {epoch}: try "
                              f"--max-lr {args.max_lr / 10:g}")
         speed = len(batches) * args.batch_size / (time.monotonic() - start)
-        # at the training resolution: others cost 7 points or more, because of zero padding
+        # other resolutions cost 7 points or more, because of zero padding
         val_loss, val_accuracy, val_top5, *_ = evaluate(replica, val_batches, resolution, dtype)
         seconds = time.monotonic() - start
         history.append({"epoch": epoch, "resolution": resolution, "lr": lr,
@@ -169,9 +168,8 @@ def fit(learner, batches, val_batches, history, args, folder):
 
 
 def tally(log_probabilities, labels):
-    """(4,) on the device: summed loss, top-1 and top-5 hits, and number of images.
-
-    Images with CutMix count for their own label only.
+    """(4,) on the device: summed loss, top-1 and top-5 hits of the images' own labels, and number
+    of images.
     """
     top = log_probabilities.topk(min(5, log_probabilities.shape[1])).indices
     hits = top == labels[:, None]                                       # (N, 5)
@@ -189,8 +187,8 @@ def mean_over_processes(totals):
 
 @torch.no_grad()
 def evaluate(network, batches, resolution, dtype):
-    """Returns mean loss, top-1 and top-5 accuracy, and of each image of this process the predicted
-    class and its probability.
+    """Returns mean loss, top-1 and top-5 accuracy, and this process's predictions and their
+    probabilities.
     """
     network.eval()
     totals, predictions = torch.zeros(4, device=batches.device), []
@@ -205,7 +203,7 @@ def evaluate(network, batches, resolution, dtype):
 
 
 def resolution_at(epoch, args):
-    """The side of the training images in pixels in an epoch, 1 ... epochs."""
+    """The side of the training images in an epoch, 1 ... epochs."""
     return args.resolutions[math.ceil(epoch * len(args.resolutions) / args.epochs) - 1]
 
 
@@ -216,7 +214,6 @@ def epochs_left(epoch, args):
 
 
 def config(args):
-    """The flags that define a run."""
     return {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
 
 
@@ -237,7 +234,6 @@ def save(path, learner, history, args, dataset, with_optimizer=True):
 
 
 def write_rows(path, rows):
-    """Writes dicts with the same keys as a CSV file."""
     with (data.replacing(path) as temporary,
           open(temporary, "w", newline="", encoding="utf-8") as file):
         writer = csv.DictWriter(file, rows[0])
@@ -254,8 +250,7 @@ def draw_curves(history, path):
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, (title, columns) in zip(axes, panels.items()):
         for column, label in columns.items():
-            if column != "val_top5" or min(row[column] for row in history) < 1:
-                axis.plot(epochs, [row[column] for row in history], ".-", label=label)
+            axis.plot(epochs, [row[column] for row in history], ".-", label=label)
         for row, following in itertools.pairwise(history):
             if row["resolution"] != following["resolution"]:
                 axis.axvline(row["epoch"] + 0.5, color="0.4", linestyle=":",
@@ -287,7 +282,7 @@ def draw_misclassified(dataset, indices, predicted, confidence, path, columns=5)
 
 
 def tabulate_classes(names, train_labels, labels, predicted):
-    """Returns a row for each class, and Markdown: classes, best first, and frequent confusions."""
+    """Returns a row for each class, and two Markdown tables: classes, best first; confusions."""
     cells = torch.bincount(labels * len(names) + predicted, minlength=len(names)**2)
     confusion = cells.view(len(names), len(names))                      # [actual, predicted]
     counts = zip(names, train_labels.bincount().tolist(), confusion.sum(dim=1).tolist(),
@@ -309,7 +304,6 @@ def tabulate_classes(names, train_labels, labels, predicted):
 
 
 def write_report(learner, batches, val_batches, history, args, folder, hardware):
-    """Writes report.md, its pictures, and classes.csv."""
     network, dtype, resolution = learner.network, learner.dtype, args.resolutions[-1]
     val_batches = replace(val_batches, rank=0, world_size=1)  # all images in this process
     dataset, val_indices = val_batches.dataset, val_batches.indices
@@ -391,7 +385,7 @@ def as_flags(recipe):
 
 
 def parse_arguments():
-    """Returns the flags, with the recipe's defaults, and the checkpoint to resume from, or None."""
+    """Returns the flags, and the checkpoint to resume from, or None."""
     parser = argparse.ArgumentParser(description="Trains a network and reports on it.")
     add = parser.add_argument
     add("--dataset", choices=RECIPES, default="tiny-imagenet",
@@ -450,8 +444,8 @@ def parse_arguments():
 
 
 def start_processes(device_name):
-    """Returns rank, local rank, number of processes, and device; torchrun sets the variables."""
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    """Returns rank, local rank, number of processes, and device."""
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = model.choose_device(device_name)
     if world_size > 1:
