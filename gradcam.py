@@ -148,8 +148,6 @@ def draw(images, maps, titles, heading, path, boxes=None):
             else:
                 axis.imshow(images[column].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
                 axis.imshow(heat[column].cpu().numpy(), cmap="turbo", vmin=0, vmax=1, alpha=0.5)
-                if not heat[column].any():
-                    axis.set_xlabel("flat", fontsize=8)
             if boxes is not None:
                 data.draw_box(axis, boxes[column], "white")
     data.save_figure(figure, path)
@@ -236,10 +234,7 @@ def main():
         draw_pictures(cam, args.pictures, checkpoint, device, out)
         print(f"wrote {out}")
         return
-    data_dir = Path(args.data_dir or config["data_dir"])
-    if config["dataset"] == "tiny-imagenet" and not any(
-            list(data_dir.glob(pattern)) for pattern in (f"{data.FOLDER}*", "wnids.txt")):
-        raise UsageError(f"{data_dir}: no {data.FOLDER} in this folder: name it with --data-dir")
+    data_dir = args.data_dir or config["data_dir"]
     dataset = data.load(config["dataset"], data_dir, config["seed"], config["classes"],
                         checkpoint["size"])
     data.require_same(dataset, checkpoint, data_dir)

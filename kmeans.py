@@ -43,11 +43,9 @@ def mean_best_iou(boxes, anchors):
 
 def plain_kmeans(boxes, weights, anchors):
     """k-means: boxes (N, 2), weights (N,), first anchors (k, 2) -> anchors (k, 2)."""
-    anchors, nearest = anchors.copy(), None
-    for _ in range(20):
-        before, nearest = nearest, iou(boxes, anchors).argmax(axis=1)  # (N,)
-        if np.array_equal(nearest, before):
-            break
+    anchors = anchors.copy()
+    for _ in range(20):  # usually enough
+        nearest = iou(boxes, anchors).argmax(axis=1)  # (N,)
         for j in set(nearest):  # an anchor without boxes stays where it is
             mine = nearest == j
             anchors[j] = weights[mine] @ boxes[mine] / weights[mine].sum()

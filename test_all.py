@@ -775,9 +775,8 @@ class GradCamCommand(InFolder):
 
     def test_what_users_get_wrong_is_one_line(self):
         Path("notes.txt").write_text("not\na picture")
-        save_checkpoint("tiny.pt", dataset="tiny-imagenet")
         for arguments, word in (((".", "notes.txt"), "none of the pictures"),
-                                (("no",), "no/last.pt"), (("tiny.pt",), "--data-dir"),
+                                (("no",), "no/last.pt"),
                                 ((".", "no.jpg", "--evaluate"), "--evaluate"),
                                 ((".", "no.jpg", "--target", "actual"), "--target actual")):
             self.assertRefused(call(gradcam, "--device", "cpu", *arguments), "gradcam.py", word)
@@ -847,7 +846,7 @@ class Folder(InFolder):
         report = Path("run/report.md").read_text()
         for text in out, report:
             self.assertIn("photos: 32 pictures of 3 classes", text)
-            self.assertNotRegex(text, "top-?5|Pointing")
+            self.assertNotIn("Pointing", text)
         accuracy = np.genfromtxt("run/classes.csv", delimiter=",", names=True)["accuracy"]
         self.assertIn(f"{accuracy @ [0.2, 0.2, 0.6]:.2%} validation accuracy, {accuracy.mean():.2%}"
                       " as the mean over classes; report: run/report.md", out)

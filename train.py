@@ -116,10 +116,9 @@ def fit(learner, batches, val_batches, history, args, folder):
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(network)
     progress = data.Progress(quiet=folder is None)
-    with_top5 = len(dataset.class_names) > 5  # else it is always 100 %
     if folder:
-        print("epoch pixels train_loss train_acc val_loss val_acc"
-              f"{' val_top5' if with_top5 else ''} images/s seconds", flush=True)
+        print("epoch pixels train_loss train_acc val_loss val_acc val_top5 images/s seconds",
+              flush=True)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, resolution = time.monotonic(), resolution_at(epoch, args)
         totals = torch.zeros(4, device=batches.device)
@@ -158,9 +157,9 @@ def fit(learner, batches, val_batches, history, args, folder):
                         "seconds": round(seconds, 2)})
         if not folder:
             continue
-        top5 = f" {val_top5:8.2%}" if with_top5 else ""
         print(f"{epoch:2}/{args.epochs:<2} {resolution:6} {train_loss:10.3f} {train_accuracy:9.2%} "
-              f"{val_loss:8.3f} {val_accuracy:7.2%}{top5} {speed:8,.0f} {seconds:7.0f}", flush=True)
+              f"{val_loss:8.3f} {val_accuracy:7.2%} {val_top5:8.2%} {speed:8,.0f} {seconds:7.0f}",
+              flush=True)
         if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
             save(folder / "best.pt", learner, history, args, dataset, with_optimizer=False)
         write_rows(folder / "history.csv", history)
@@ -324,7 +323,6 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
         sample = replace(val_batches, indices=data.shuffled(val_indices)[:1000])
         maps = (f"{gradcam.evaluate(cam, sample, resolution)}\n\nAll validation images: `python "
                 f"gradcam.py {shlex.quote(folder.as_posix())} --evaluate`.\n")
-    top5 = f" (top-5 {top5:.2%})" if len(dataset.class_names) > 5 else ""
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val_indices, predicted, confidence, folder / "misclassified.png")
     gradcam.draw_misclassified(cam, val_batches, resolution, folder / "gradcam.png")
@@ -337,7 +335,7 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     with data.replacing(folder / "report.md") as temporary:
         temporary.write_text(f"""# {args.model} on {args.dataset}
 
-**{headline}**{top5} after {args.epochs} epochs in
+**{headline}** (top-5 {top5:.2%}) after {args.epochs} epochs in
 {took} (h:mm:ss). The best epoch, {best["epoch"]}, has {best["val_accuracy"]:.2%}, but it was chosen
 on the validation images.
 
@@ -474,8 +472,6 @@ def main():
               f"{args.resume / 'report.md'}")
         return
     rank, local_rank, world_size, device = start_processes(args.device)
-    if rank == 0 and args.recipe:
-        print(args.recipe, flush=True)
     if local_rank:
         dist.barrier()  # the first process of each machine downloads, decodes and caches
     dataset = data.load(args.dataset, args.data_dir, args.seed, args.classes,
@@ -519,9 +515,10 @@ def main():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         hardware = f"{world_size} x {name}, {dtype}".replace("torch.", "")
         folder = args.resume or make_folder(args)
-        print(*filter(None, [dataset.notes, start]), f"{args.model} on {args.dataset}: "
-              f"{len(train_indices):,} training images, {len(val_indices):,} validation images; "
-              f"{hardware}", f"writing to {folder}; to continue it later: --resume "
+        print(*filter(None, [args.recipe, dataset.notes, start]),
+              f"{args.model} on {args.dataset}: {len(train_indices):,} training images, "
+              f"{len(val_indices):,} validation images; {hardware}",
+              f"writing to {folder}; to continue it later: --resume "
               f"{shlex.quote(folder.as_posix())}", sep="\n", flush=True)
         if not checkpoint:
             save(folder / "last.pt", learner, history, args, dataset)
