@@ -117,8 +117,13 @@ class Networks(unittest.TestCase):
         for words in ("ResNet18: 11,689,512 parameters, 1,814 million",  # torchvision: 1.81 GFLOPS
                       "ResNet18: 11,279,112 parameters",
                       "CustomResNet: 4,106,952 parameters",
-                      "layer1.pooled.0 +128 x 64 x 64 +73,856 +5 +301,989,888\n"):
+                      "layer1.pooled.0 +128 x 64 x 64 +73,856 +5 +301,989,888\n",
+                      "avgpool +512 x 1 x 1 +0 +whole image +0\n"):
             self.assertRegex(imagenet + call(model)[1], words)
+
+    def test_a_custom_layer_adds_its_paths(self):
+        layer, images = model.CustomLayer(3, 8).eval(), pictures()
+        close(layer(images), layer.pooled(images) + layer.strided(images))
 
     def test_receptive_fields_are_where_the_gradient_is_not_zero(self):
         table = call(model, "--stem-stride", 4)[1]
@@ -159,7 +164,8 @@ class Checkpoints(InFolder):
                          "the weights of last.pt, all layers but the last")
         close(network.state_dict(), resnet().state_dict() | own)
         torch.save(torchvision.models.resnet34().state_dict(), "resnet34.pt")
-        with self.assertRaisesRegex(data.UsageError, "--weights resnet34.pt: .*layer1.2"):
+        with self.assertRaisesRegex(data.UsageError, "--weights resnet34.pt: .*layer1.2.*"
+                                    ": choose weights of the same network"):
             model.load_weights(network, "resnet34.pt", [])
 
 
@@ -574,6 +580,7 @@ class Training(Commands):
         for device, flags, *recipe in (
                 ("cpu", "--max-lr 0.3", [32, 48, 64], 4, 0.3, 0.5, note),
                 ("cpu", "--dataset shapes", [48, 64], 4, 0.05, 0, ""),
+                ("cpu", "--dataset folder", [32, 32, 32, 32, 64], 4, 0.05, 0.25, ""),
                 ("mps", f"--weights {RUN}", [64], 4, 0.04, 0.25, "")):
             with (mock.patch.object(sys, "argv", ["train.py", *flags.split()]),
                   mock.patch.object(model, "choose_device", lambda _: torch.device(device))):
@@ -638,7 +645,7 @@ class Training(Commands):
                 (("--classes", 0), "--classes", "at least 1"),
                 (("--out", RUN, *FLAGS), RUN, "--resume"),
                 (("--resume", RUN, "--resolutions", 9), "--resolutions 22 30"),
-                (("--resume", RUN / "best.pt"), "best.pt", "folder")):
+                (("--resume", RUN / "best.pt"), "best.pt: name only the run's folder", "last.pt")):
             self.assertRefused(call(train, *arguments), *words)
         for error, words in ((RuntimeError("CUDA out of memory"), "--batch-size"),
                              (RuntimeError("not enough memory: you tried to allocate 9 bytes"),
@@ -722,7 +729,8 @@ class GradCamCommand(InFolder):
                 shown.add(i)
             correct = guesses == labels
             self.assertIn(f"the {target} class's map in the object's box? In percent of 30 "
-                          f"validation images, of which {correct.sum()} are", table)
+                          f"validation images, of which {correct.sum()} are classified correctly:"
+                          "\n\n| map | all | correct | wrong |\n| --- |", table)
             maps |= {"a flat map": torch.ones(30, 52, 52),
                      "a point at the centre": F.pad(torch.ones(30, 2, 2), [25] * 4)}
             for name, heats in maps.items():
@@ -848,7 +856,7 @@ class Folder(InFolder):
         report = Path("run/report.md").read_text()
         for text in out, report:
             self.assertIn("photos: 32 pictures of 3 classes", text)
-            self.assertNotIn("Pointing", text)
+        self.assertIn("object?\n\n\n![", report)  # there are no boxes
         accuracy = np.genfromtxt("run/classes.csv", delimiter=",", names=True)["accuracy"]
         self.assertIn(f"{accuracy @ [0.2, 0.2, 0.6]:.2%} validation accuracy, {accuracy.mean():.2%}"
                       " as the mean over classes; report: run/report.md", out)
@@ -1077,6 +1085,7 @@ class Analysis(InFolder):
                       "| annotations | category\\_id | 60 | 18 | the class |",
                       "| annotations | segmentation | 60 | \\[\\[0.0, 0.0, ",
                       "| images | file\\_name | 19 | 1.png | the photograph |",
+                      "| images | height | 20 | 480 | of the image, in pixels |",
                       "| \\[x, y, width, height\\] | 100.00% |", "\n- no fault found\n"):
             self.assertIn(words, report)
 
