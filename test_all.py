@@ -284,12 +284,12 @@ class TinyImageNet(InFolder):
 
     def test_the_command_describes_draws_samples_and_exports_boxes(self):
         with drawn_figures() as figures:
-            _, out, _ = call(data, "--export-coco", "boxes.json")
+            _, out, _ = call(data, "--export-coco", "new/deep/boxes.json")
         self.assertEqual(out.splitlines(), [
             "tiny-imagenet: 49 images of 7 classes",
             "split 70-30: 35 training images, 14 validation images",
             "split official: 28 training images, 21 validation images",
-            "wrote boxes.json", "wrote samples.png"])
+            "wrote new/deep/boxes.json", "wrote samples.png"])
         dataset = data.load()
         for row in np.array(figures["samples.png"].axes).reshape(5, 5):
             for axis in row:
@@ -297,7 +297,8 @@ class TinyImageNet(InFolder):
                 label = dataset.labels[index]
                 self.assertEqual(row[2].get_title(), f"{label}: {NAMES[label]}")
                 self.assertEqual(frame(axis), dataset.boxes[index].tolist())
-        coco = json.loads(Path("boxes.json").read_text())
+                self.assertFalse(axis.axison)
+        coco = json.loads(Path("new/deep/boxes.json").read_text())
         self.assertEqual([image["id"] for image in coco["images"]], [*range(49)])
         self.assertEqual(coco["categories"], [{"id": i, "name": NAMES[i]} for i in range(7)])
         for key, column in (
@@ -526,6 +527,8 @@ class Training(Commands):
                              ("from here 30 pixels", 1.5, 1.5))
             for line, column in zip(lines, columns, strict=True):
                 np.testing.assert_allclose(line.get_data(), [rows["epoch"], rows[column]])
+                self.assertTrue(line.get_label().startswith(
+                    {"train": "training", "val": "validation"}.get(column.split("_")[0], "at ")))
 
     def test_misclassified_images_carry_their_names(self):
         view = data.validation_view(self.dataset, 0.8)
@@ -1104,6 +1107,9 @@ class Analysis(InFolder):
         for field, value, name in ("category", "fox", "fox"), ("category_id", 7, "id 7"):
             records = [{"image_id": 1, "bbox": [1, 2, 3, i], field: value} for i in (7, 8)]
             self.assertIn(f" | {name} | 2 | 100.00% |", self.report(records))
+        records = [{"id": i, "bbox": [1, 2, 3, 4]} for i in (7, 8)]  # numbers of the records
+        self.assertIn('No field names a class: all boxes are of one class, "object".',
+                      self.report(records))
 
     def test_anchors_are_of_the_boxes_at_the_input_and_never_larger(self):
         whole = made_coco(boxes=3)
@@ -1135,6 +1141,7 @@ class Analysis(InFolder):
         axes, = files["class_distribution.png"].axes
         self.assertEqual([label.get_text() for label in axes.get_xticklabels()], [*names.values()])
         self.assertEqual([bar.get_height() for bar in axes.patches], [30, 20, 10])
+        self.assertLess(axes.get_xlim()[1], 2.5)
         counts = files["bbox_distribution.png"].axes[0].collections[0].get_array()
         x, _, w, h = np.array([a["bbox"] for a in boxes]).T
         np.testing.assert_array_equal(counts.filled(0).sum(axis=0),
@@ -1177,7 +1184,8 @@ class Analysis(InFolder):
         cuts = {good[:cut]: "line 1 column" for cut in range(20, len(good), 70)}
         for content, message in (cuts | {
                 "": "no annotations", "hello": "line 1, 'hello': expected COCO JSON",
-                "5": "expected COCO JSON", '{"bbox":1}\n\n{"a":': "line 3",
+                "5": "expected COCO JSON", '{"annotations": [5]}': "'[5]': expected COCO JSON",
+                '{"bbox":1}\n\n{"a":': "line 3",
                 '[{"bbox":[1,2]}]': "annotations[0] (class object, bbox [1, 2])",
                 '[{"bbox":[0,0,0,0]}]': "no box is usable; - 1 narrower",
                 good.replace('"bbox"', '"box"'): "annotations have no bbox, only area, box,",
