@@ -2,7 +2,7 @@
 
     python data.py                              # downloads Tiny ImageNet
     python data.py --dataset shapes             # no download
-    python data.py --dataset folder --data-dir photos       # one folder of pictures per class
+    python data.py --dataset folder --data-dir photos
     python data.py --export-coco boxes.json     # the bounding boxes as a COCO file
 
 prints the numbers of images and classes and the size of each split, and writes samples.png.
@@ -317,7 +317,7 @@ def shapes(seed=0, per_class=550):
 
     for index, label in enumerate(labels):
         radius, angle = rng.uniform(10, 16), rng.uniform(-0.5, 0.5)
-        # mostly near the edges, so that pointing at the centre of the image misses the shape
+        # near the edges, so that a point at the centre misses the shape
         x, y = radius + (SIZE - 2 * radius) * rng.beta(0.5, 0.5, 2)
         dx, dy = (pixel_x - x) / radius, (pixel_y - y) / radius
         inside = list(SHAPES.values())[label](np.cos(angle) * dx + np.sin(angle) * dy,

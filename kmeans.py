@@ -9,7 +9,7 @@ distance would favour large boxes; 1 - IoU ignores scale.
     3. steps    make anchors slightly wider, narrower, taller, lower while the mean IoU rises
 
 Half of the searches omit k-means, which can lead them all to one local maximum. The mean IoU of 500
-boxes with 8 anchors, for example (assets/measurements.md):
+boxes with 8 anchors (assets/measurements.md):
 
     k-means  + jumps  + steps  without k-means  best of 20
      0.5273   0.5761   0.5767           0.5807      0.5807

@@ -187,7 +187,7 @@ def read(path):
 
 def load_checkpoint(path):
     """Reads a checkpoint of train.py. Raises UsageError."""
-    checkpoint = {"digest": "", "size": 64} | read(path)  # which older runs lack
+    checkpoint = read(path)
     if "config" not in checkpoint:
         raise UsageError(f"{path}: not a checkpoint of train.py: choose another file")
     return checkpoint

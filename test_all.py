@@ -483,8 +483,6 @@ class Training(Commands):
         np.testing.assert_allclose(
             list(row.values())[5:8],
             [loss, self.accuracy(self.val), self.accuracy(self.val, top=5)], rtol=1e-3)
-        best = model.load_checkpoint(RUN / "best.pt")["history"][-1]
-        self.assertEqual(best, max(rows, key=lambda row: row["val_accuracy"]))
 
     def test_the_report_says_what_can_be_computed_again(self):
         report = (RUN / "report.md").read_text()
@@ -535,7 +533,8 @@ class Training(Commands):
         axes = self.figures["misclassified.png"].axes
         shown = [axis for axis in axes if axis.images]
         self.assertFalse(any(axis.axison for axis in axes))
-        self.assertEqual(len(shown), (self.rank[self.val] > 0).sum())
+        self.assertEqual((len(shown), len(axes)), (12, 15))
+        self.assertEqual((self.rank[self.val] > 0).sum(), 12)
         for axis in shown:
             index = find(view, axis.images[0].get_array())
             self.assertIn(index, self.val)
@@ -577,8 +576,7 @@ class Training(Commands):
 
     def test_a_cpu_gets_its_own_recipe_and_says_so(self):
         note = ("no GPU: the recipe for a CPU, --resolutions 32 48 64 --stem-stride 4 --max-lr 0.1 "
-                "--cutmix 0.5; for a GPU's, days here: --resolutions 64 --stem-stride 1 --max-lr "
-                "0.2 --cutmix 0.25")
+                "--cutmix 0.5; a GPU's would take days")
         self.assertEqual(self.printed.splitlines()[0], note)
         for device, flags, *recipe in (
                 ("cpu", "--max-lr 0.3", [32, 48, 64], 4, 0.3, 0.5, note),
@@ -648,7 +646,7 @@ class Training(Commands):
                 (("--classes", 0), "--classes", "at least 1"),
                 (("--out", RUN, *FLAGS), RUN, "--resume"),
                 (("--resume", RUN, "--resolutions", 9), "--resolutions 22 30"),
-                (("--resume", RUN / "best.pt"), "best.pt: name only the run's folder", "last.pt")):
+                (("--resume", RUN / "report.md"), "name only the run's folder", "last.pt")):
             self.assertRefused(call(train, *arguments), *words)
         for error, words in ((RuntimeError("CUDA out of memory"), "--batch-size"),
                              (RuntimeError("not enough memory: you tried to allocate 9 bytes"),
@@ -859,7 +857,6 @@ class Folder(InFolder):
         report = Path("run/report.md").read_text()
         for text in out, report:
             self.assertIn("photos: 32 pictures of 3 classes", text)
-        self.assertIn("object?\n\n\n![", report)  # there are no boxes
         accuracy = np.genfromtxt("run/classes.csv", delimiter=",", names=True)["accuracy"]
         self.assertIn(f"{accuracy @ [0.2, 0.2, 0.6]:.2%} validation accuracy, {accuracy.mean():.2%}"
                       " as the mean over classes; report: run/report.md", out)
@@ -1004,7 +1001,8 @@ class Analysis(InFolder):
         for content in (json.dumps(whole, indent=2), json.dumps(whole, sort_keys=True),
                         "\ufeff" + json.dumps(whole), kept, "\n".join(lines),
                         "\r\n\n".join(line + "," for line in lines), kept[0]):
-            boxes = coco_analysis.load(self.write(content))[3]
+            _, tables = coco_analysis.read(self.write(content))
+            boxes = coco_analysis.flatten(**tables)[1]
             self.assertEqual([(box.bbox, box.label, box.image) for box in boxes],
                              [(a["bbox"], str(a["category_id"]), str(a["image_id"]))
                               for a in (kept[:1] if content is kept[0] else kept)])
@@ -1117,11 +1115,11 @@ class Analysis(InFolder):
             box["bbox"] = [0, 0, 640.4, 120]
         for content, options, unit, anchor in (
                 (whole, (), "pixels at 416 x 416, stretch", "1.0000: 416,104"),
-                (whole, ("--size", 1337), "pixels at 1337 x 1337, stretch", "0.9993: 1337,334"),
+                (whole, ("--size", 1337), "pixels at 1337 x 1337, stretch", "0.9999: 1337,334.2"),
                 (whole, ("--resize", "letterbox"), "pixels at 416 x 416, letterbox",
                  "1.0000: 416,78"),
                 (whole["annotations"], (), "pixels of the images, whose sizes are unknown",
-                 "0.9994: 640,120")):
+                 "1.0000: 640.4,120")):
             self.assertIn(f"\n\nAnchors: width,height in {unit}\n\n- k = 1, mean IoU {anchor}\n",
                           self.report(content, *options))
 

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=4 train.py              # several GPUs
 
 prints a row for each epoch and writes into runs/tiny-imagenet-resnet18, or a similar new folder:
-report.md and its pictures, classes.csv, history.csv, and the checkpoints last.pt and best.pt.
+report.md and its pictures, classes.csv, history.csv, and the checkpoint last.pt.
 """
 import argparse
 import csv
@@ -44,7 +44,7 @@ RECIPES = {
     "folder": {"epochs": 50, "resolutions": [32, 32, 32, 32, 64], "stem_stride": 4,
                "batch_size": 32, "max_lr": 0.05, "min_crop": 0.35, "cutmix": 0.25},
 }
-# Of tiny-imagenet on a CPU: 50 epochs take hours instead of days.
+# Of tiny-imagenet on a CPU.
 CPU_RECIPE = {"resolutions": [32, 48, 64], "stem_stride": 4, "max_lr": 0.1, "cutmix": 0.5}
 NOT_SAVED = ("resume", "out", "device")  # flags that may differ on resuming
 
@@ -160,8 +160,6 @@ def fit(learner, batches, val_batches, history, args, folder):
         print(f"{epoch:2}/{args.epochs:<2} {resolution:6} {train_loss:10.3f} {train_accuracy:9.2%} "
               f"{val_loss:8.3f} {val_accuracy:7.2%} {val_top5:8.2%} {speed:8,.0f} {seconds:7.0f}",
               flush=True)
-        if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
-            save(folder / "best.pt", learner, history, args, dataset, with_optimizer=False)
         write_rows(folder / "history.csv", history)
         save(folder / "last.pt", learner, history, args, dataset)  # last: completes the epoch
 
@@ -216,14 +214,13 @@ def config(args):
     return {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
 
 
-def save(path, learner, history, args, dataset, with_optimizer=True):
+def save(path, learner, history, args, dataset):
     """Writes a checkpoint for model.load_checkpoint."""
     checkpoint = {"classes": dataset.class_names, "digest": dataset.digest,
                   "size": dataset.images.shape[-1], "history": history, "config": config(args),
-                  "model": learner.network.state_dict()}
-    if with_optimizer:
-        checkpoint |= {"optimizer": learner.optimizer.state_dict(),
-                       "scaler": learner.scaler.state_dict()}
+                  "model": learner.network.state_dict(),
+                  "optimizer": learner.optimizer.state_dict(),
+                  "scaler": learner.scaler.state_dict()}
     with data.replacing(path) as temporary:
         torch.save(checkpoint, temporary)
 
@@ -264,7 +261,7 @@ def draw_curves(history, path):
 
 def draw_misclassified(dataset, indices, predicted, confidence, path, columns=5):
     """Up to 25 misclassified images of indices, chosen at random."""
-    order = data.shuffled(torch.arange(len(indices)))  # as in gradcam.draw_misclassified
+    order = data.shuffled(torch.arange(len(indices)))
     wrong = order[(predicted != dataset.labels[indices])[order]][:5 * columns].tolist()
     rows = max(1, math.ceil(len(wrong) / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.7 * rows), squeeze=False,
@@ -276,7 +273,7 @@ def draw_misclassified(dataset, indices, predicted, confidence, path, columns=5)
         axis.set_title(gradcam.wrap(
             f"actual: {dataset.class_names[dataset.labels[indices[i]]]}",
             f"predicted: {dataset.class_names[predicted[i]]} ({confidence[i]:.0%})"), fontsize=8)
-    figure.suptitle("Misclassified validation images" if wrong else "No image is misclassified")
+    figure.suptitle(f"{len(wrong)} misclassified validation images")
     data.save_figure(figure, path)
 
 
@@ -317,14 +314,9 @@ def write_report(learner, batches, val_batches, history, args, folder, hardware)
     balanced = sum(row["accuracy"] for row in classes) / len(classes)
     if f"{balanced:.2%}" != f"{final:.2%}":
         headline += f", {balanced:.2%} as the mean over classes"
-    cam = gradcam.GradCAM(network, dtype=dtype)
-    maps = ""
-    if dataset.boxes is not None:
-        sample = replace(val_batches, indices=data.shuffled(val_indices)[:1000])
-        maps = (f"{gradcam.evaluate(cam, sample, resolution)}\n\nAll validation images: `python "
-                f"gradcam.py {shlex.quote(folder.as_posix())} --evaluate`.\n")
     draw_curves(history, folder / "curves.png")
     draw_misclassified(dataset, val_indices, predicted, confidence, folder / "misclassified.png")
+    cam = gradcam.GradCAM(network, dtype=dtype)
     gradcam.draw_misclassified(cam, val_batches, resolution, folder / "gradcam.png")
     write_rows(folder / "classes.csv", classes)
     took = datetime.timedelta(seconds=round(sum(row["seconds"] for row in history)))
@@ -358,9 +350,8 @@ points against the validation images; with augmentation {history[-1]["train_accu
 
 ![Misclassified images](misclassified.png)
 
-## Grad-CAM: does the network look at the object?
+## Grad-CAM
 
-{maps}
 ![Grad-CAM of misclassified images](gradcam.png)
 """, encoding="utf-8", errors="replace")
     print(f"{headline}; report: {folder / 'report.md'}")
@@ -392,7 +383,7 @@ def parse_arguments():
     add("--data-dir", type=os.path.abspath, default="data",
         help="folder with tiny-imagenet-200, or with one folder per class: data")
     add("--split", choices=("70-30", "official"), default="70-30", help="70-30")
-    add("--classes", type=positive, help="use the first so many classes only: all")
+    add("--classes", type=positive, help="use only the first so many: all")
     add("--model", choices=model.MODELS, default="resnet18", help="resnet18")
     add("--stem-stride", type=int, choices=(4, 2, 1),
         help="ResNet18 shrinks images by this first; 4 is fastest: %(default)s")
@@ -409,7 +400,7 @@ def parse_arguments():
         help="smallest area of a random crop, 1 for none: %(default)s")
     add("--cutmix", type=float, help="fraction of patched images: %(default)s")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
-        help="of convolutions: bf16 or fp16 where it is fast, else fp32")
+        help="of convolutions: 16 bits where they are fast")
     add("--seed", type=int, default=0, help="of split, weights, augmentation and shapes: 0")
     add("--device", default="auto", help="cuda, mps or cpu: a GPU if there is one")
     add("--out", help="new folder of the run: numbered, in runs")
@@ -425,9 +416,7 @@ def parse_arguments():
         checkpoint = model.load_checkpoint(args.resume / "last.pt")
         defaults = checkpoint["config"]
     elif args.dataset == "tiny-imagenet" and model.choose_device(args.device).type == "cpu":
-        gpu = {key: defaults[key] for key in CPU_RECIPE}
-        note = (f"no GPU: the recipe for a CPU, {as_flags(CPU_RECIPE)}; for a GPU's, days here: "
-                f"{as_flags(gpu)}")
+        note = f"no GPU: the recipe for a CPU, {as_flags(CPU_RECIPE)}; a GPU's would take days"
         defaults |= CPU_RECIPE | {"recipe": note}
     if args.weights and not args.resume:  # a high rate would destroy what they know
         stem_stride = model.read(args.weights).get("config", defaults)["stem_stride"]
@@ -454,7 +443,7 @@ def start_processes(device_name):
 
 
 def make_folder(args):
-    """Returns the run's folder: a new one, as no run overwrites another."""
+    """Returns a new folder, as no run overwrites another."""
     default = f"runs/{args.dataset}-{args.model}"
     numbered = (f"{default}-{number}" for number in itertools.count(2))
     for folder in map(Path, [args.out] if args.out else itertools.chain([default], numbered)):
@@ -495,8 +484,6 @@ def main():
     if args.weights and not checkpoint:
         start = "starting from " + model.load_weights(network, args.weights, dataset.class_names)
     network = model.place(network, device)
-    if world_size > 1 and device.type == "cuda":
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = make_optimizer(network, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     learner = Learner(network, optimizer, scaler, dtype)
