@@ -399,7 +399,7 @@ def draw_anchors(found, unit):
                                          linewidth=2, label=f"{w:g} x {h:g}"))
         axes.set(title=f"k = {k}, mean IoU {score:.4f}", xlabel=unit, aspect="equal",
                  xlim=(-half, half), ylim=(half, -half))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
     return figure
 
 
