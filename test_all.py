@@ -478,7 +478,7 @@ class Training(Commands):
             shown = re.search("epoch {epoch}/2 100%  loss {train_loss:.3f}  (.+) images/s  "
                               "0:00:.. left".format(**row), self.progress)
             for images in speed, shown[1]:  # 32, and seconds include validation
-                self.assertGreater(float(images.replace(",", "")) * row["seconds"], 28)
+                self.assertGreater(float(images.replace(",", "")) * row["seconds"], 20)
         loss = F.cross_entropy(self.logits[self.val], self.dataset.labels[self.val])
         np.testing.assert_allclose(
             list(row.values())[5:8],
@@ -533,8 +533,8 @@ class Training(Commands):
         axes = self.figures["misclassified.png"].axes
         shown = [axis for axis in axes if axis.images]
         self.assertFalse(any(axis.axison for axis in axes))
-        self.assertEqual((len(shown), len(axes)), (12, 15))
-        self.assertEqual((self.rank[self.val] > 0).sum(), 12)
+        self.assertEqual(len(shown), (self.rank[self.val] > 0).sum())
+        self.assertEqual(axes[0].get_gridspec().ncols, 5)
         for axis in shown:
             index = find(view, axis.images[0].get_array())
             self.assertIn(index, self.val)
