@@ -421,6 +421,8 @@ class Training(Commands):
         folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.enterClassContext(contextlib.chdir(folder))
         write_tree(Path("data/tiny-imagenet-200"))
+        cls.addClassCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # more change the run
         with (drawn_figures(data.save_figure) as cls.figures,
               mock.patch.object(data.Progress, "due", lambda self: True)):
             code, cls.printed, cls.progress = call(train, *RUN_FLAGS)
